@@ -1,0 +1,48 @@
+"""Every key that a run reads or writes under its output prefix."""
+
+RUN = "run.json"
+CATALOG = "catalog.parquet"
+STATUS = "progress/status.json"
+TENSORBOARD = "progress/tensorboard"
+
+SYNTHESIS = "synthesis/personas/"
+ANSWERS = "synthesis/answers/"
+CHECKPOINTS = "checkpoints/"
+MASKS = "masks/"
+ERRORS = "errors/"
+EVALUATION = "evaluation/"
+LEASES = "lease/"
+
+
+def persona_data(persona_id: str) -> str:
+    return f"{SYNTHESIS}{persona_id}/data.parquet"
+
+
+def stored_answers(persona_id: str) -> str:
+    """Paid answers of a persona whose data are not whole yet; gone once `persona_data` is committed."""
+    return f"{ANSWERS}{persona_id}/"
+
+
+def checkpoint(persona_id: str) -> str:
+    return f"{CHECKPOINTS}{persona_id}.safetensors"
+
+
+def mask(persona_id: str) -> str:
+    return f"{MASKS}{persona_id}/mask.safetensors"
+
+
+def error(persona_id: str) -> str:
+    return f"{ERRORS}{persona_id}.json"
+
+
+def evaluation(persona_id: str) -> str:
+    return f"{EVALUATION}{persona_id}.json"
+
+
+def lease(epoch: int) -> str:
+    return f"{LEASES}{epoch:08d}.json"
+
+
+def persona_of(key: str, prefix: str) -> str:
+    """The persona id in a key below `prefix` (one of the prefixes above)."""
+    return key.removeprefix(prefix).split("/")[0].removesuffix(".safetensors").removesuffix(".json")
