@@ -1,0 +1,164 @@
+"""Each persona's mask beside what else could be had at the same ratio, on two kinds of text.
+
+*answers*: held-out questions answered in the persona's voice by the rewriting model (for the backend `self`, the
+backbone's own samples). *conversations*: text of the persona that the backbone did not write. Losses are nats a token.
+
+Shape suffixes: L layers, I FFN channels.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor
+
+from persona_pruner import layout
+from persona_pruner.backbone.load import Backbone
+from persona_pruner.config import RunConfig
+from persona_pruner.errors import ConfigError
+from persona_pruner.evaluation.losses import heldout_loss
+from persona_pruner.learning.data import PersonaData, Row
+from persona_pruner.learning.estimators import topk_mask
+from persona_pruner.learning.training_free import magnitude, random
+from persona_pruner.manifest import Persona
+from persona_pruner.mask import Mask
+from persona_pruner.storage import NotFoundError, Storage, read_url
+
+METHODS = ("unpruned", "own", "other", "global", "magnitude", "random")
+TEXTS = ("answers", "conversations")
+HEADINGS = {
+    "answers": "held-out questions answered in its voice (nats a token)",
+    "conversations": "its own conversations, which the backbone did not write (nats a token)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTask:
+    """What one persona's row needs; plain bytes and text, so that it travels to an actor."""
+
+    persona_id: str
+    description: str
+    texts: Mapping[str, tuple[Row, ...]]
+    masks: Mapping[str, bytes]
+
+    def digest(self) -> str:
+        """sha256 of everything that decides the figures."""
+        parts = [self.persona_id, self.description]
+        parts += [f"{name}:{hashlib.sha256(data).hexdigest()}" for name, data in sorted(self.masks.items())]
+        parts += [f"{kind}:{row.question}\0{row.answer}" for kind in TEXTS for row in self.texts.get(kind, ())]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def evaluate_persona(backbone: Backbone, config: RunConfig, task: EvaluationTask) -> dict[str, dict[str, float]]:
+    """Loss by text and method. Every rank of a shard group calls it."""
+    masks = {name: Mask.from_bytes(data, f"{name} mask of {task.persona_id}") for name, data in task.masks.items()}
+    kept = masks["own"].metadata.kept
+    keeps_LI: dict[str, Tensor | None] = {"unpruned": None, **{name: mask.keep_LI for name, mask in masks.items()}}
+    keeps_LI["magnitude"] = topk_mask(magnitude(backbone), kept)
+    keeps_LI["random"] = topk_mask(random(backbone, config.learning.seed), kept)
+    return {
+        text: {
+            name: heldout_loss(backbone, config, task.description, rows, keeps_LI[name])
+            for name in METHODS
+            if name in keeps_LI
+        }
+        for text, rows in task.texts.items()
+        if rows
+    }
+
+
+def read_conversations(config: RunConfig) -> dict[str, tuple[Row, ...]]:
+    """Rows by persona from `evaluation.conversations`. Raises ConfigError with file and row."""
+    path = config.evaluation.conversations
+    if path is None:
+        return {}
+    rows: dict[str, list[Row]] = {}
+    try:
+        text = read_url(path).decode("utf-8")
+    except (NotFoundError, UnicodeDecodeError) as error:
+        raise ConfigError(f"evaluation.conversations = {path!r}: {error}") from None
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            value = json.loads(line)
+            rows.setdefault(value["persona_id"], []).append(Row(value["question"], value["answer"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}:{number}: not a row of persona_id, question, answer: {error}") from None
+    return {persona_id: tuple(some[: config.evaluation.max_rows]) for persona_id, some in rows.items()}
+
+
+def tasks(
+    config: RunConfig,
+    personas: Sequence[Persona],
+    storage: Storage,
+    data_of: Callable[[Persona], PersonaData],
+    global_mask: bytes | None,
+) -> Iterable[EvaluationTask]:
+    """One task for each masked persona. "other" is the mask of the persona half the list away, so of another family."""
+    conversations = read_conversations(config)
+    masks = {persona.id: storage.get(layout.mask(persona.id)) for persona in personas}
+    for position, persona in enumerate(personas):
+        chosen = {"own": masks[persona.id]}
+        if len(personas) > 1:
+            chosen["other"] = masks[personas[(position + len(personas) // 2) % len(personas)].id]
+        if global_mask is not None:
+            chosen["global"] = global_mask
+        yield EvaluationTask(
+            persona_id=persona.id,
+            description=persona.description,
+            texts={
+                "answers": data_of(persona).heldout[: config.evaluation.max_rows],
+                "conversations": conversations.get(persona.id, ()),
+            },
+            masks=chosen,
+        )
+
+
+def stored(storage: Storage, task: EvaluationTask) -> dict[str, dict[str, float]] | None:
+    """The figures of this very task from an earlier run, if they are there."""
+    try:
+        value = json.loads(storage.get(layout.evaluation(task.persona_id)))
+    except NotFoundError:
+        return None
+    return value["losses"] if value["task"] == task.digest() else None
+
+
+def store(storage: Storage, task: EvaluationTask, losses: Mapping[str, Mapping[str, float]]) -> None:
+    value = {"persona_id": task.persona_id, "task": task.digest(), "losses": losses}
+    storage.put(layout.evaluation(task.persona_id), json.dumps(value, indent=1).encode())
+
+
+def mean(results: Mapping[str, Mapping[str, Mapping[str, float]]], text: str) -> dict[str, float]:
+    """Mean over the personas that have this text, by method."""
+    some = [losses[text] for losses in results.values() if text in losses]
+    return {name: sum(row[name] for row in some) / len(some) for name in METHODS if some and name in some[0]}
+
+
+def render(results: Mapping[str, Mapping[str, Mapping[str, float]]], ratio: Any) -> list[Table]:
+    """A table per kind of text; the best pruned column of each row is bold."""
+    tables = []
+    for text in TEXTS:
+        means = mean(results, text)
+        if not means:
+            continue
+        table = Table(title=f"Loss on {HEADINGS[text]}, ratio {ratio}", title_justify="left")
+        table.add_column("persona")
+        for name in means:
+            table.add_column(name, justify="right")
+        for persona_id, losses in results.items():
+            if text in losses:
+                table.add_row(persona_id, *_cells(losses[text]))
+        table.add_section()
+        table.add_row("mean", *_cells(means))
+        tables.append(table)
+    return tables
+
+
+def _cells(losses: Mapping[str, float]) -> list[str]:
+    best = min(value for name, value in losses.items() if name != "unpruned")
+    return [
+        f"[bold]{value:.3f}[/bold]" if value == best and name != "unpruned" else f"{value:.3f}"
+        for name, value in losses.items()
+    ]
