@@ -1,0 +1,133 @@
+"""FFN channels of a transformers model: where they are, and masks multiplied into them.
+
+Shapes: L layers, I channels of a layer, B rows, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from persona_pruner.errors import BackboneError
+
+# Output projection of an FFN -> the linears whose output rows are the same channels. Llama, Mistral, Qwen2/3, Gemma;
+# Phi-3 (gate and up in one matrix); GPT-NeoX; OPT.
+_FFNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("down_proj", ("gate_proj", "up_proj")),
+    ("down_proj", ("gate_up_proj",)),
+    ("dense_4h_to_h", ("dense_h_to_4h",)),
+    ("fc2", ("fc1",)),
+)
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """One layer's FFN. `output` [D, I] reads the channels; the `inputs` (each [I, D], or [2I, D] when fused) write them."""
+
+    name: str
+    output: nn.Linear
+    inputs: tuple[nn.Linear, ...]
+
+    @property
+    def channels(self) -> int:
+        return self.output.in_features
+
+    @property
+    def fused(self) -> bool:
+        return self.inputs[0].out_features == 2 * self.channels
+
+
+def find_ffns(model: nn.Module) -> list[Ffn]:
+    """The FFN of every layer, in layer order. Raises BackboneError for an architecture without one plain FFN a layer."""
+    found = []
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        for output, inputs in _FFNS:
+            parts = [children.get(part) for part in (output, *inputs)]
+            if all(isinstance(part, nn.Linear) for part in parts):
+                found.append(Ffn(f"{name}.{output}", parts[0], tuple(parts[1:])))  # type: ignore[arg-type]
+    config: Any = model.config
+    layers = getattr(config, "num_hidden_layers", None)
+    kind = type(model).__name__
+    if not found or len(found) != layers:
+        wanted = " or ".join(f"{'/'.join(inputs)} + {output}" for output, inputs in _FFNS)
+        raise BackboneError(
+            f"{kind}: found {len(found)} feed-forward blocks in {layers} layers; looked for one of {wanted} (nn.Linear) "
+            "in each layer; mixtures of experts and other layouts cannot be masked"
+        )
+    if len({ffn.channels for ffn in found}) > 1:
+        raise BackboneError(f"{kind}: layers differ in FFN channels ({sorted({f.channels for f in found})}); "
+                            "a mask keeps the same number in each")  # fmt: skip
+    return found
+
+
+class ChannelMasks:
+    """Multiplies masks into the channels of a model while attached. A context manager; entering attaches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.ffns = find_ffns(model)
+        self._masks: Sequence[Tensor] | None = None
+        self._hooks: list[Any] = []
+
+    @property
+    def layers(self) -> int:
+        return len(self.ffns)
+
+    @property
+    def channels(self) -> int:
+        return self.ffns[0].channels
+
+    def attach(self) -> "ChannelMasks":
+        if not self._hooks:
+            self._hooks = [
+                ffn.output.register_forward_pre_hook(self._hook(layer)) for layer, ffn in enumerate(self.ffns)
+            ]
+        return self
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._masks = None
+
+    def __enter__(self) -> "ChannelMasks":
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def set(self, mask: Tensor | None) -> None:
+        """Use mask [L, I] for all rows, or [B, L, I] with one mask a row (floating, may require grad), or none."""
+        if mask is None:
+            self._masks = None
+            return
+        assert mask.shape[-2:] == (self.layers, self.channels), (tuple(mask.shape), self.layers, self.channels)
+        self._masks = mask.unbind(-2)
+
+    def _hook(self, layer: int) -> Any:
+        def multiply(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if self._masks is None:
+                return None
+            hidden, *rest = inputs
+            mask = self._masks[layer].to(hidden.dtype)
+            if mask.ndim == 1:
+                return (hidden * mask, *rest)
+            by_row = hidden.view(mask.shape[0], -1, hidden.shape[-1])
+            return ((by_row * mask[:, None]).view(hidden.shape), *rest)
+
+        return multiply
+
+
+def record_channels(model: nn.Module, see: Any) -> list[Any]:
+    """Hooks that call see(layer, hidden [..., I]) before every output projection; the caller removes them."""
+
+    def hook(layer: int) -> Any:
+        def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            with torch.no_grad():
+                see(layer, inputs[0])
+
+        return look
+
+    return [ffn.output.register_forward_pre_hook(hook(layer)) for layer, ffn in enumerate(find_ffns(model))]

@@ -1,0 +1,229 @@
+"""The frozen model: found, fingerprinted, loaded whole or as one shard of a DeepSpeed ZeRO-3 world.
+
+The only module that imports deepspeed. One process holds at most one world.
+"""
+
+import datetime
+import hashlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from persona_pruner.config import BackboneConfig
+from persona_pruner.errors import BackboneError
+from persona_pruner.storage import local_copy
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class World:
+    """One process of a shard group. `address` is host:port of rank 0, the same for all ranks."""
+
+    rank: int = 0
+    size: int = 1
+    address: str = ""
+    timeout_seconds: float = 600.0
+
+
+@dataclass
+class Backbone:
+    """A loaded model. `model` is frozen and in eval mode; with world.size > 1 its parameters are partitioned."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    fingerprint: str
+    device: torch.device
+    world: World
+    path: Path
+    _alive: list[Any] = field(default_factory=list, repr=False)
+
+    @property
+    def sharded(self) -> bool:
+        return self.world.size > 1
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum over the ranks, in place. Raises RuntimeError when a rank is gone or silent for the world's timeout."""
+        if self.sharded:
+            dist.all_reduce(values)
+        return values
+
+    def enter(self, run: Callable[[], Any]) -> Any:
+        """Call `run` below the root that DeepSpeed watches, so that its record of parameter use restarts."""
+        return self._alive[0](run) if self.sharded else run()
+
+
+class _Root(nn.Module):
+    """What DeepSpeed wraps. Body and head of the model are run apart, which the model's own forward does not allow."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+
+def resolve(config: BackboneConfig) -> Path:
+    """Local directory of the backbone; an s3:// prefix or a hub name is copied first. Raises BackboneError."""
+    if not config.path:
+        raise BackboneError("backbone.path is not set; give a local directory, an s3:// prefix or a Hugging Face name")
+    if config.path.startswith("s3://"):
+        path = local_copy(config.path)
+    else:
+        path = Path(config.path)
+        if not path.exists() and not path.is_absolute() and config.path.count("/") <= 1 and config.path[0] != ".":
+            path = _from_hub(config)
+    if not (path / "config.json").is_file():
+        raise BackboneError(
+            f"backbone.path = {config.path}: no model there (config.json missing); "
+            "give a local directory, an s3:// prefix or a Hugging Face name"
+        )
+    return path
+
+
+def _from_hub(config: BackboneConfig) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(config.path, revision=config.revision, ignore_patterns=["*.bin", "*.pt", "*.gguf"]))
+    except Exception as error:
+        raise BackboneError(
+            f"backbone.path = {config.path}: neither a local directory nor a hub model that can be fetched "
+            f"({type(error).__name__})"
+        ) from None
+
+
+def fingerprint(path: str | Path) -> str:
+    """sha256 (hex) over names, types, shapes and bytes of all weights, however they are split into files.
+
+    Configuration and tokenizer do not enter: they are rewritten by every release of the libraries.
+    """
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise BackboneError(f"{path}: no *.safetensors weights; convert the model to safetensors")
+    where: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                where.update(dict.fromkeys(tensors.keys(), file))
+        except Exception as error:
+            raise BackboneError(f"{file}: not a readable safetensors file ({error})") from None
+    digest = hashlib.sha256()
+    handles = {file: safe_open(file, framework="pt") for file in files}
+    for name in sorted(where):
+        tensor = handles[where[name]].get_tensor(name)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def load_backbone(
+    config: BackboneConfig,
+    world: World | None = None,
+    *,
+    deepspeed: bool = True,
+    device: torch.device | str | None = None,
+) -> Backbone:
+    """Load the model frozen and in eval mode. Every rank of a world calls this at the same time.
+
+    One process: initialized by DeepSpeed without partitioning, or left plain with `deepspeed=False`. Several: ZeRO-3,
+    each rank holds 1/size of every parameter and only rank 0 reads the weights. Raises BackboneError.
+    """
+    world = world or World()
+    path = resolve(config)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    mark = fingerprint(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        model, alive = _load(config, path, world, deepspeed, place)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise BackboneError(f"backbone.path = {config.path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    name = config.path if "/" not in config.path.strip("/") or not path.is_absolute() else path.name
+    return Backbone(model, tokenizer, Path(name).name, mark, place, world, path, alive)
+
+
+def _load(
+    config: BackboneConfig, path: Path, world: World, deepspeed: bool, device: torch.device
+) -> tuple[nn.Module, list[Any]]:
+    options = {
+        "dtype": _DTYPES[config.dtype],
+        "attn_implementation": config.attention,
+        "trust_remote_code": config.trust_remote_code,
+        "use_safetensors": True,
+    }
+    if not deepspeed and world.size == 1:
+        model = AutoModelForCausalLM.from_pretrained(path, **options).to(device)
+        return _freeze(model), []
+    _join(world, device)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0} if world.size > 1 else {"stage": 0},
+    }
+    keeper = _partition_on_load(path, config, settings) if world.size > 1 else None
+    model = _freeze(AutoModelForCausalLM.from_pretrained(path, **options))
+    if world.size == 1:
+        model = model.to(device)
+    import deepspeed as ds
+
+    engine, *_ = ds.initialize(model=_Root(model), config=settings)
+    return engine.module.inner, [engine.module, engine, keeper]
+
+
+def _partition_on_load(path: Path, config: BackboneConfig, settings: dict[str, Any]) -> Any:
+    """Make from_pretrained create partitioned parameters for as long as the returned object lives."""
+    import torch._dynamo  # noqa: F401  (zero.Init patches tensor construction; a lazy import inside it fails)
+    from transformers.integrations import HfDeepSpeedConfig
+
+    auto = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    _ = AutoModelForCausalLM._model_mapping[type(auto)] if type(auto) in AutoModelForCausalLM._model_mapping else None
+    return HfDeepSpeedConfig(settings)
+
+
+def _join(world: World, device: torch.device) -> None:
+    """Make this process a rank of the world. A second backbone in one process must be of the same world."""
+    if dist.is_initialized():
+        if (dist.get_world_size(), dist.get_rank()) != (world.size, world.rank):
+            raise BackboneError(f"this process is rank {dist.get_rank()} of {dist.get_world_size()} already")
+    else:
+        address = world.address or f"127.0.0.1:{_free_port()}"
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=f"tcp://{address}",
+            rank=world.rank,
+            world_size=world.size,
+            timeout=datetime.timedelta(seconds=world.timeout_seconds),
+        )
+    os.environ.setdefault("LOCAL_RANK", "0")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed as ds
+
+    ds.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _freeze(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(False).eval()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The model's config.json."""
+    return dict(json.loads((path / "config.json").read_text(encoding="utf-8")))

@@ -1,0 +1,173 @@
+"""The persona rows of a run: JSON Lines, CSV or Parquet, local or s3://. All faults of a file are told in one go."""
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from persona_pruner.errors import ManifestError
+from persona_pruner.storage import NotFoundError, read_url
+
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+ID_RULE = "1 to 128 of A-Z a-z 0-9 . _ -, beginning with a letter or digit"
+MAX_DESCRIPTION = 20_000
+COLUMNS = ("id", "description", "priority", "metadata")
+
+
+@dataclass(frozen=True)
+class Persona:
+    id: str
+    description: str
+    priority: int = 0
+    """Higher ones are trained first."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the description (UTF-8)."""
+        return hashlib.sha256(self.description.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    source: str
+    personas: tuple[Persona, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def read_manifest(url: str) -> Manifest:
+    """Personas in the order of the file. Raises ManifestError with one line a fault, StorageError."""
+    try:
+        data = read_url(url)
+    except NotFoundError:
+        raise ManifestError([f"{url}: no such manifest"]) from None
+    faults: list[str] = []
+    rows = list(_rows(url, data, faults))
+    personas: list[Persona] = []
+    warnings: dict[str, str] = {}
+    first_seen: dict[str, int] = {}
+    for number, row in rows:
+        persona = _persona(f"{url}:{number}", row, faults)
+        for column in row:
+            if column not in COLUMNS:
+                warnings.setdefault(
+                    str(column), f"{url}:{number}: column {column!r} is not known and ignored; put it under metadata"
+                )
+        if persona is None:
+            continue
+        if persona.id in first_seen:
+            faults.append(f"{url}:{number}: id {persona.id!r} is already that of row {first_seen[persona.id]}")
+        first_seen.setdefault(persona.id, number)
+        personas.append(persona)
+    if not rows and not faults:
+        faults.append(f"{url}: holds no persona; write rows of id and description")
+    if faults:
+        raise ManifestError(faults)
+    return Manifest(url, tuple(personas), tuple(warnings.values()))
+
+
+def _rows(url: str, data: bytes, faults: list[str]) -> Iterable[tuple[int, dict[str, Any]]]:
+    """(row, values): the line of a JSONL or CSV file, the row of a Parquet file from 1."""
+    kind = PurePosixPath(url).suffix.lower()
+    if kind == ".parquet":
+        try:
+            table = pq.read_table(pa.BufferReader(data))
+        except pa.ArrowException as error:
+            faults.append(f"{url}: not a Parquet file: {str(error).splitlines()[0]}")
+            return
+        if _has_columns(url, table.column_names, faults):
+            yield from enumerate(table.to_pylist(), 1)
+        return
+    if kind not in (".jsonl", ".ndjson", ".json", ".csv"):
+        faults.append(f"{url}: unknown kind of manifest {kind!r}; use .jsonl, .csv or .parquet")
+        return
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data.count(b"\n", 0, error.start) + 1
+        faults.append(f"{url}:{row}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}")
+        return
+    if kind == ".csv":
+        yield from _csv_rows(url, text, faults)
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            faults.append(f"{url}:{number}: broken JSON: {error}")
+            continue
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            faults.append(f"{url}:{number}: must be an object with id and description, not {type(row).__name__}")
+
+
+def _csv_rows(url: str, text: str, faults: list[str]) -> Iterable[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if reader.fieldnames is None or not _has_columns(url, reader.fieldnames, faults):
+        return
+    try:
+        for row in reader:
+            if None in row:
+                faults.append(f"{url}:{reader.line_num}: has more fields than the header; quote text that holds commas")
+                continue
+            values: dict[str, Any] = {name: value for name, value in row.items() if value not in (None, "")}
+            for name, read in (("priority", int), ("metadata", json.loads)):
+                if name in values:
+                    try:
+                        values[name] = read(values[name])
+                    except ValueError:
+                        pass
+            yield reader.line_num, values
+    except csv.Error as error:
+        faults.append(f"{url}:{reader.line_num}: broken CSV: {error}")
+
+
+def _has_columns(url: str, names: Iterable[str], faults: list[str]) -> bool:
+    missing = [name for name in ("id", "description") if name not in names]
+    if missing:
+        faults.append(f"{url}: no column {' and '.join(missing)}; found {', '.join(map(str, names))}")
+    return not missing
+
+
+def _persona(where: str, row: Mapping[str, Any], faults: list[str]) -> Persona | None:
+    before = len(faults)
+    identity, description = row.get("id"), row.get("description")
+    if "id" not in row or identity is None:
+        faults.append(f"{where}: id is missing")
+    elif not isinstance(identity, str) or not ID.fullmatch(identity):
+        faults.append(f"{where}: id {_short(identity)} is not usable: {ID_RULE}")
+    if "description" not in row or description is None:
+        faults.append(f"{where}: description is missing")
+    elif not isinstance(description, str) or not description.strip():
+        faults.append(f"{where}: description is {_short(description)}; it must be text")
+    elif len(description) > MAX_DESCRIPTION:
+        faults.append(f"{where}: description has {len(description):,} characters, at most {MAX_DESCRIPTION:,} are allowed")
+    elif "\0" in description:
+        faults.append(f"{where}: description holds a null byte")
+    elif any("\ud800" <= character <= "\udfff" for character in description):
+        faults.append(f"{where}: description holds half of a surrogate pair, which is no text")
+    priority, metadata = row.get("priority"), row.get("metadata")
+    if priority is not None and (not isinstance(priority, int) or isinstance(priority, bool)):
+        faults.append(f"{where}: priority {_short(priority)} must be a whole number")
+    if metadata is not None and not isinstance(metadata, Mapping):
+        faults.append(f"{where}: metadata {_short(metadata)} must be an object")
+    if len(faults) > before:
+        return None
+    return Persona(str(identity), str(description), priority or 0, metadata or {})
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
