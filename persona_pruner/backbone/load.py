@@ -3,13 +3,14 @@
 The only module that imports deepspeed. One process holds at most one world.
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,17 @@ class Backbone:
             dist.all_reduce(values)
         return values
 
+    @contextlib.contextmanager
+    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Make partitioned parameters readable in full inside; every rank enters at the same time."""
+        if not self.sharded:
+            yield
+            return
+        import deepspeed as ds
+
+        with ds.zero.GatheredParameters(list(parameters), modifier_rank=None):
+            yield
+
     def enter(self, run: Callable[[], Any]) -> Any:
         """Call `run` below the root that DeepSpeed watches, so that its record of parameter use restarts."""
         return self._alive[0](run) if self.sharded else run()
@@ -98,7 +110,9 @@ def _from_hub(config: BackboneConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(config.path, revision=config.revision, ignore_patterns=["*.bin", "*.pt", "*.gguf"]))
+        return Path(
+            snapshot_download(config.path, revision=config.revision, ignore_patterns=["*.bin", "*.pt", "*.gguf"])
+        )
     except Exception as error:
         raise BackboneError(
             f"backbone.path = {config.path}: neither a local directory nor a hub model that can be fetched "

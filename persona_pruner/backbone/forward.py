@@ -1,0 +1,170 @@
+"""The body and the head of the backbone, run apart: a persona's prompt prefix once, its rows behind it, logits where
+they are needed.
+
+Shapes: P prefixes, B rows, T tokens, D model width, N answer positions, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from persona_pruner.backbone.channels import ChannelMasks
+from persona_pruner.backbone.load import Backbone
+from persona_pruner.errors import BackboneError
+
+
+class _Behind(DynamicLayer):
+    """One layer's keys and values of prefixes, seen by rows behind them. Nothing is stored: passes are independent."""
+
+    def __init__(self, keys: Tensor, values: Tensor, prefix_B: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.prefix_B = keys, values, prefix_B
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self._join(self.keys, key_states), self._join(self.values, value_states)
+
+    def _join(self, before: Tensor, states: Tensor) -> Tensor:
+        rows = states.shape[0]
+        before = before.expand(rows, -1, -1, -1) if before.shape[0] == 1 else before.index_select(0, self.prefix_B)
+        return torch.cat([before, states], dim=-2)
+
+
+@dataclass
+class Prefix:
+    """Keys and values [P, heads, T, head width] of every layer, and the unpadded lengths of the P prefixes."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    lengths: list[int]
+
+    def leaves(self) -> "Prefix":
+        """The same values cut from their graph, collecting gradients of their own."""
+        return Prefix(
+            [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in self.layers], self.lengths
+        )
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for pair in self.layers for tensor in pair]
+
+
+class Runner:
+    """Forward passes of one backbone with masks. `masks` is attached for the runner's lifetime; `close` detaches."""
+
+    def __init__(self, backbone: Backbone, *, checkpoint_layers: bool = False) -> None:
+        self.backbone = backbone
+        self.model: Any = backbone.model
+        self.masks = ChannelMasks(backbone.model).attach()
+        self.pad = self.model.config.pad_token_id or 0
+        self._checkpoints = _checkpoint_layers(self.model) if checkpoint_layers else []
+        kinds = {type(layer) for layer in DynamicCache(config=self.model.config).layers}
+        self._cacheable = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        self._window = (
+            getattr(self.model.config, "sliding_window", None) if DynamicSlidingWindowLayer in kinds else None
+        )
+
+    def close(self) -> None:
+        self.masks.detach()
+        for layer in self._checkpoints:
+            del layer.forward
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def can_share(self, prefixes: Sequence[Sequence[int]], longest: int) -> bool:
+        """Whether rows of up to `longest` tokens give exactly the plain result behind a shared prefix.
+
+        Not with caches that hold more than keys and values. Windows count places: padded prefixes would shift them.
+        """
+        lengths = {len(prefix) for prefix in prefixes}
+        if not self._cacheable or 0 in lengths:
+            return False
+        return self._window is None or len(lengths) == 1 or max(lengths) + longest <= self._window
+
+    def prefix(self, prefixes: Sequence[Sequence[int]]) -> Prefix:
+        """Keys and values of prompts, with the masks that are set (one for all, or one a prefix)."""
+        cache = DynamicCache()
+        self._body(self._pad(prefixes), past_key_values=cache, use_cache=True)
+        return Prefix([(layer.keys, layer.values) for layer in cache.layers], [len(p) for p in prefixes])  # type: ignore[misc]
+
+    def hidden(self, tokens_BT: Tensor, prefix: Prefix | None = None, prefix_B: Tensor | None = None) -> Tensor:
+        """Final hidden states [B, T, D] of right-padded rows, each behind prefix number `prefix_B` [B] if given.
+
+        Without a prefix the rows are whole prompts. Values at padding are meaningless.
+        """
+        if prefix is None:
+            return self._body(tokens_BT, use_cache=False)
+        assert prefix_B is not None
+        rows, length = tokens_BT.shape
+        width = max(prefix.lengths)
+        begins_B = torch.tensor(prefix.lengths, device=tokens_BT.device)[prefix_B]
+        padding = None
+        if min(prefix.lengths) < width:
+            padding = torch.ones(rows, width + length, dtype=torch.long, device=tokens_BT.device)
+            padding[:, :width] = torch.arange(width, device=tokens_BT.device) < begins_B[:, None]
+        return self._body(
+            tokens_BT,
+            past_key_values=_cache([_Behind(k, v, prefix_B) for k, v in prefix.layers]),
+            use_cache=True,
+            attention_mask=padding,
+            position_ids=begins_B[:, None] + torch.arange(length, device=tokens_BT.device),
+        )
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] of final hidden states, as the model's own forward gives them."""
+        config = self.model.config
+        out = self.backbone.enter(lambda: self.model.get_output_embeddings()(hidden_ND))
+        out = out * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return torch.tanh(out / cap) * cap if cap else out
+
+    def check_head(self) -> None:
+        """Raise BackboneError unless body and head run apart give the logits of the whole model."""
+        tokens = torch.arange(4, device=self.backbone.device)[None] % self.model.config.vocab_size
+        self.masks.set(None)
+        with torch.no_grad():
+            apart = self.logits(self.hidden(tokens)[0])
+            whole = self.backbone.enter(lambda: self.model(tokens, use_cache=False).logits)[0]
+        if not torch.allclose(apart.float(), whole.float(), rtol=1e-3, atol=1e-3):
+            raise BackboneError(f"{type(self.model).__name__}: its logits are not its output layer on its last hidden "
+                                "state; this architecture cannot be trained")  # fmt: skip
+
+    def _body(self, tokens_BT: Tensor, **options: Any) -> Tensor:
+        return self.backbone.enter(lambda: self.model.base_model(tokens_BT, **options).last_hidden_state)
+
+    def _pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        return pad_rows(rows, self.pad).to(self.backbone.device)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
+    """Rows as int64 [B, T], padded on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+
+
+def _cache(layers: list[Any]) -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers = layers
+    return cache
+
+
+def _checkpoint_layers(model: Any) -> list[Any]:
+    """Make every decoder layer recompute its activations in the backward pass; returns the changed layers.
+
+    transformers' own switch turns caches off, and with them the shared prefix.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    depth = model.config.num_hidden_layers
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
+    for layer in layers:
+        plain = layer.forward
+        layer.forward = lambda *a, _plain=plain, **k: checkpoint(_plain, *a, use_reentrant=False, **k)
+    return list(layers)

@@ -1,0 +1,30 @@
+"""When a persona has learned enough, from its held-out evaluations."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from persona_pruner.config import StoppersConfig
+
+
+@dataclass
+class Stopper:
+    """Sees one persona's evaluations in order. Its state is numbers and one bool mask, kept in checkpoints."""
+
+    config: StoppersConfig
+    best: float = float("inf")
+    stale: int = 0
+    last_LI: Tensor | None = field(default=None, repr=False)
+
+    def see(self, loss: float, mask_LI: Tensor) -> str | None:
+        """The reason to stop, or None. `loss` in nats a token, `mask_LI` the bool mask it was measured with."""
+        better = loss < self.best - self.config.plateau_delta
+        self.stale = 0 if better else self.stale + 1
+        self.best = min(self.best, loss) if not better else loss
+        changed = None if self.last_LI is None else (self.last_LI != mask_LI).float().mean().item()
+        self.last_LI = mask_LI.clone()
+        if self.config.plateau_evaluations is not None and self.stale >= self.config.plateau_evaluations:
+            return "plateau"
+        if self.config.stability is not None and changed is not None and changed <= self.config.stability:
+            return "stable"
+        return None

@@ -1,0 +1,172 @@
+"""Scores without training: the published rivals, the baselines, and where learning starts from.
+
+Activation-guided and contrastive: Your Language Model Secretly Contains Personality Subnetworks (arXiv 2602.07164).
+Wanda: arXiv 2306.11695. All return scores [L, I] (float32): the larger, the rather kept.
+
+Shapes: L layers, I channels, B rows, N answer positions, D model width.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from persona_pruner.backbone.channels import record_channels
+from persona_pruner.backbone.forward import Runner
+from persona_pruner.backbone.load import Backbone
+from persona_pruner.config import RunConfig
+from persona_pruner.learning.batches import Item
+from persona_pruner.learning.data import Encoded, PersonaData, encode, seeded
+from persona_pruner.learning.objective import Settings, plan
+
+
+def magnitude(backbone: Backbone) -> Tensor:
+    """Norm of all weights of a channel: root of the sum of squares over its input rows and output column."""
+    with Runner(backbone) as runner:
+        rows = []
+        for ffn in runner.masks.ffns:
+            linears = (ffn.output, *ffn.inputs)
+            with backbone.whole([linear.weight for linear in linears]):
+                total = ffn.output.weight.detach().float().square().sum(0)
+                for linear in ffn.inputs:
+                    squares = linear.weight.detach().float().square().sum(1)
+                    total = total + squares.view(-1, ffn.channels).sum(0)
+            rows.append(total.sqrt())
+        return torch.stack(rows)
+
+
+def random(backbone: Backbone, seed: int) -> Tensor:
+    with Runner(backbone) as runner:
+        return torch.rand(runner.masks.layers, runner.masks.channels, generator=seeded("random", seed))
+
+
+def activation(backbone: Backbone, config: RunConfig, data: PersonaData) -> Tensor:
+    """Root mean square of each channel over the answer tokens of data.train, times the norm of its output weights."""
+    encoded = encode(backbone.tokenizer, config.prompt.system, data, config.learning.max_row_tokens)
+    with Runner(backbone) as runner:
+        return activation_scores(runner, encoded, Settings(config.learning.objective))
+
+
+def contrastive(
+    backbone: Backbone, config: RunConfig, data: PersonaData, opposed: PersonaData
+) -> tuple[Tensor, Tensor]:
+    """Scores of two opposed personas that keep what separates them: own activation score minus the other's, each
+    first brought to mean 1 a layer. What one ranks first the other ranks last."""
+    own, other = (activation(backbone, config, rows) for rows in (data, opposed))
+    difference = own / own.mean(-1, keepdim=True) - other / other.mean(-1, keepdim=True)
+    return difference, -difference
+
+
+def contrastive_masks(first_LI: Tensor, second_LI: Tensor, k: int, disjoint: int) -> tuple[Tensor, Tensor]:
+    """Masks of k channels from two activation scores [L, I]: the `disjoint` most separating channels of each are
+    withheld from the other, the rest of each goes by its own activation. disjoint <= I - k."""
+    difference = first_LI / first_LI.mean(-1, keepdim=True) - second_LI / second_LI.mean(-1, keepdim=True)
+    order = difference.argsort(dim=-1, descending=True, stable=True)
+    masks = []
+    for own_LI, mine_LJ, theirs_LJ in (
+        (first_LI, order[:, :disjoint], order[:, order.shape[1] - disjoint :]),
+        (second_LI, order[:, order.shape[1] - disjoint :], order[:, :disjoint]),
+    ):
+        forced = own_LI.scatter(1, mine_LJ, float("inf")).scatter(1, theirs_LJ, float("-inf"))
+        picked = forced.sort(-1, descending=True, stable=True).indices[:, :k]
+        masks.append(torch.zeros_like(own_LI, dtype=torch.bool).scatter_(1, picked, True))
+    return masks[0], masks[1]
+
+
+def activation_scores(runner: Runner, encoded: Encoded, settings: Settings) -> Tensor:
+    """`activation` for rows that are tokens already."""
+    squares_LI, tokens = _squares(runner, encoded, settings)
+    norms = []
+    for ffn in runner.masks.ffns:
+        with runner.backbone.whole([ffn.output.weight]):
+            norms.append(ffn.output.weight.detach().float().norm(dim=0))
+    return (squares_LI / max(tokens, 1)).sqrt() * torch.stack(norms)
+
+
+def ranks(scores_LI: Tensor) -> Tensor:
+    """Each layer's scores as ranks, evenly spread over (0, 1): the scale on which learning starts."""
+    channels = scores_LI.shape[1]
+    order = scores_LI.argsort(dim=-1, stable=True)
+    places = torch.arange(channels, dtype=torch.float32, device=scores_LI.device).expand_as(order)
+    return torch.empty_like(scores_LI, dtype=torch.float32).scatter_(1, order, (places + 0.5) / channels)
+
+
+def items_of(encoded: Encoded, slot: int = 0) -> list[Item]:
+    """All training rows of a persona, every answer token counting the same."""
+    tokens = sum(row.answer for row in encoded.train)
+    return [Item(slot, (encoded.persona_id, n), row, 1 / tokens) for n, row in enumerate(encoded.train)]
+
+
+@torch.no_grad()
+def _squares(runner: Runner, encoded: Encoded, settings: Settings) -> tuple[Tensor, int]:
+    """Sum of squares of every channel [L, I] over the answer positions of the training rows, and their number."""
+    masks = runner.masks
+    sums_LI = torch.zeros(masks.layers, masks.channels, device=runner.backbone.device)
+    items = items_of(encoded)
+    where: list[Tensor] = []
+
+    def see(layer: int, hidden: Tensor) -> None:
+        if where:
+            rows_NI = hidden.reshape(-1, hidden.shape[-1]).index_select(0, where[0])
+            sums_LI[layer] += rows_NI.float().square().sum(0)
+
+    masks.set(None)
+    passes, shared = plan(runner, items, [encoded.prefix], settings)
+    prefix = runner.prefix([encoded.prefix]) if shared else None
+    hooks = record_channels(runner.model, see)
+    try:
+        for part in passes:
+            where[:] = [part.positions_N[part.weight_N > 0]]
+            runner.hidden(part.tokens_BT, prefix, part.slot_B)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return runner.backbone.all_reduce(sums_LI), sum(item.row.answer for item in items)
+
+
+@contextlib.contextmanager
+def wanda(backbone: Backbone, config: RunConfig, data: PersonaData, ratio: float) -> Iterator[None]:
+    """Inside, every linear layer of the blocks has, in each output row, its `ratio` smallest |W| * norm(x) at zero;
+    x are its inputs at the answer positions of data.train. Unstructured: nothing gets smaller, for evaluation only.
+
+    Restores the weights at the end. Unsharded backbones only.
+    """
+    assert not backbone.sharded, "evaluation only"
+    encoded = encode(backbone.tokenizer, config.prompt.system, data, config.learning.max_row_tokens)
+    with Runner(backbone) as runner:
+        norms = _input_norms(runner, encoded, Settings(config.learning.objective))
+    kept = {}
+    try:
+        for linear, norm_D in norms.items():
+            kept[linear] = linear.weight.data
+            drop = round(ratio * linear.in_features)
+            order = (linear.weight.data.float().abs() * norm_D).argsort(dim=-1, stable=True)
+            linear.weight.data = linear.weight.data.scatter(1, order[:, :drop], 0)
+        yield
+    finally:
+        for linear, weight in kept.items():
+            linear.weight.data = weight
+
+
+@torch.no_grad()
+def _input_norms(runner: Runner, encoded: Encoded, settings: Settings) -> dict[nn.Linear, Tensor]:
+    head = runner.model.get_output_embeddings()
+    linears = [m for m in runner.model.modules() if isinstance(m, nn.Linear) and m is not head]
+    sums = {linear: torch.zeros(linear.in_features, device=runner.backbone.device) for linear in linears}
+    where: list[Tensor] = []
+
+    def see(linear: nn.Module, inputs: Sequence[Tensor]) -> None:
+        if where:
+            rows = inputs[0].reshape(-1, inputs[0].shape[-1]).index_select(0, where[0])
+            sums[linear] += rows.float().square().sum(0)  # type: ignore[index]
+
+    hooks = [linear.register_forward_pre_hook(see) for linear in linears]
+    passes, shared = plan(runner, items_of(encoded), [encoded.prefix], settings)
+    prefix = runner.prefix([encoded.prefix]) if shared else None
+    for part in passes:
+        where[:] = [part.positions_N]
+        runner.hidden(part.tokens_BT, prefix, part.slot_B)
+    for hook in hooks:
+        hook.remove()
+    return {linear: total.sqrt() for linear, total in sums.items()}

@@ -1,0 +1,125 @@
+"""One mask in training: scores, Adam's moments, how far it is. Everything that a checkpoint must hold.
+
+Shapes: L layers, I channels.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from persona_pruner.config import LearningConfig
+from persona_pruner.errors import PersonaError
+from persona_pruner.learning.data import seeded
+from persona_pruner.learning.estimators import kept_channels, relaxed_mask, topk_mask
+from persona_pruner.learning.stoppers import Stopper
+
+
+@dataclass
+class Trial:
+    """`scores_LI` float32. `rung` counts the ratios that `auto` has tried."""
+
+    config: LearningConfig
+    persona_id: str
+    scores_LI: Tensor
+    channels: int
+    ratio: float
+    learning_rate: float
+    name: str = ""
+    step: int = 0
+    rung: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    heldout: float | None = None
+    accepted_LI: Tensor | None = None
+    """Scores of the last ratio that `auto` found good enough."""
+    first_LI: Tensor = field(init=False, repr=False)
+    second_LI: Tensor = field(init=False, repr=False)
+    stopper: Stopper = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """From step 0 with these scores."""
+        self.step, self.heldout = 0, None
+        self.first_LI, self.second_LI = torch.zeros_like(self.scores_LI), torch.zeros_like(self.scores_LI)
+        self.stopper = Stopper(self.config.stoppers)
+
+    @property
+    def kept(self) -> int:
+        return kept_channels(self.channels, self.ratio, self.config.channel_multiple)
+
+    def mask(self) -> Tensor:
+        """The hard mask, bool [L, I]."""
+        return topk_mask(self.scores_LI, self.kept)
+
+    def training_mask(self) -> tuple[Tensor, Tensor]:
+        """The mask of this step, float32 with a graph to the scores, and those scores (a leaf)."""
+        leaf = self.scores_LI.detach().requires_grad_()
+        noise = seeded("noise", self.config.seed, self.persona_id, self.step)
+        return relaxed_mask(leaf, self.kept, self.config.estimator, self.config.temperature, noise), leaf
+
+    def update(self, grad_LI: Tensor) -> None:
+        """One step of Adam (Kingma and Ba 2015; betas 0.9 and 0.999) on the clipped gradient.
+
+        Raises PersonaError (not_finite) and leaves everything as it was where gradient or scores are not finite.
+        """
+        norm = grad_LI.norm()
+        if not (torch.isfinite(norm) and torch.isfinite(self.scores_LI).all()):
+            raise PersonaError("not_finite", f"{self.persona_id}: loss or scores not finite at step {self.step}")
+        grad_LI = grad_LI * (self.config.grad_clip / norm.clamp_min(self.config.grad_clip))
+        count = self.step + 1
+        self.first_LI.lerp_(grad_LI, 0.1)
+        self.second_LI.lerp_(grad_LI.square(), 0.001)
+        scale = (self.second_LI / (1 - 0.999**count)).sqrt_().add_(1e-12)
+        self.scores_LI = self.scores_LI - self._rate() / (1 - 0.9**count) * self.first_LI / scale
+        self.step = count
+
+    def _rate(self) -> float:
+        done = self.step / self.config.steps
+        factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+        return self.learning_rate * factor[self.config.schedule]
+
+
+_NUMBERS = ("persona_id", "name", "channels", "ratio", "learning_rate", "step", "rung", "seconds", "tokens", "heldout")
+
+
+def to_bytes(trials: list[Trial], data_sha256: str) -> bytes:
+    """A checkpoint of all trials of one persona (safetensors)."""
+    tensors, numbers = {}, []
+    for index, trial in enumerate(trials):
+        own = {"scores": trial.scores_LI, "first": trial.first_LI, "second": trial.second_LI}
+        own |= {} if trial.accepted_LI is None else {"accepted": trial.accepted_LI}
+        own |= {} if trial.stopper.last_LI is None else {"last": trial.stopper.last_LI}
+        tensors |= {f"{index}.{name}": tensor.cpu().contiguous() for name, tensor in own.items()}
+        values = {name: getattr(trial, name) for name in _NUMBERS}
+        numbers.append(values | {"best": trial.stopper.best, "stale": trial.stopper.stale})
+    return save(tensors, {"trials": json.dumps(numbers), "data_sha256": data_sha256})
+
+
+def from_bytes(data: bytes, config: LearningConfig, data_sha256: str, device: torch.device) -> list[Trial] | None:
+    """The trials of a checkpoint, exactly as they were; None where it was made from other data or is unreadable."""
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        if header["data_sha256"] != data_sha256:
+            return None
+        tensors = {name: tensor.to(device) for name, tensor in load(data).items()}
+        trials = []
+        for index, values in enumerate(json.loads(header["trials"])):
+            best, stale = values.pop("best"), values.pop("stale")
+            made = ("persona_id", "channels", "ratio", "learning_rate", "name")
+            trial = Trial(config=config, scores_LI=tensors[f"{index}.scores"], **{n: values[n] for n in made})
+            for name in set(values) - set(made):
+                setattr(trial, name, values[name])
+            trial.first_LI, trial.second_LI = tensors[f"{index}.first"], tensors[f"{index}.second"]
+            trial.accepted_LI = tensors.get(f"{index}.accepted")
+            trial.stopper.best, trial.stopper.stale = best, stale
+            trial.stopper.last_LI = tensors.get(f"{index}.last")
+            trials.append(trial)
+        return trials
+    except Exception:
+        return None
