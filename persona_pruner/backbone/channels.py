@@ -20,11 +20,12 @@ _FFNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("dense_4h_to_h", ("dense_h_to_4h",)),
     ("fc2", ("fc1",)),
 )
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
 class Ffn:
-    """One layer's FFN. `output` [D, I] reads the channels; the `inputs` (each [I, D], or [2I, D] when fused) write them."""
+    """One layer's FFN. `output` [D, I] reads the channels, `inputs` (each [I, D], or one [2I, D]) write them."""
 
     name: str
     output: nn.Linear
@@ -40,7 +41,7 @@ class Ffn:
 
 
 def find_ffns(model: nn.Module) -> list[Ffn]:
-    """The FFN of every layer, in layer order. Raises BackboneError for an architecture without one plain FFN a layer."""
+    """The FFN of every layer, in layer order. Raises BackboneError where a layer has no plain FFN of its own."""
     found = []
     for name, module in model.named_modules():
         children = dict(module.named_children())
@@ -51,11 +52,12 @@ def find_ffns(model: nn.Module) -> list[Ffn]:
     config: Any = model.config
     layers = getattr(config, "num_hidden_layers", None)
     kind = type(model).__name__
-    if not found or len(found) != layers:
+    experts = [name for name in _EXPERTS if getattr(config, name, None)]
+    if not found or len(found) != layers or experts:
         wanted = " or ".join(f"{'/'.join(inputs)} + {output}" for output, inputs in _FFNS)
         raise BackboneError(
-            f"{kind}: found {len(found)} feed-forward blocks in {layers} layers; looked for one of {wanted} (nn.Linear) "
-            "in each layer; mixtures of experts and other layouts cannot be masked"
+            f"{kind}: found {len(found)} feed-forward blocks in {layers} layers; looked for {wanted} (nn.Linear) in "
+            "each layer; mixtures of experts and other layouts cannot be masked"
         )
     if len({ffn.channels for ffn in found}) > 1:
         raise BackboneError(f"{kind}: layers differ in FFN channels ({sorted({f.channels for f in found})}); "

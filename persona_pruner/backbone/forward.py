@@ -29,7 +29,7 @@ class _Behind(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self._join(self.keys, key_states), self._join(self.values, value_states)
 
-    def _join(self, before: Tensor, states: Tensor) -> Tensor:
+    def _join(self, before: Any, states: Tensor) -> Tensor:
         rows = states.shape[0]
         before = before.expand(rows, -1, -1, -1) if before.shape[0] == 1 else before.index_select(0, self.prefix_B)
         return torch.cat([before, states], dim=-2)
@@ -59,13 +59,12 @@ class Runner:
         self.backbone = backbone
         self.model: Any = backbone.model
         self.masks = ChannelMasks(backbone.model).attach()
-        self.pad = self.model.config.pad_token_id or 0
+        config: Any = backbone.model.config
+        self.pad: int = config.pad_token_id or 0
         self._checkpoints = _checkpoint_layers(self.model) if checkpoint_layers else []
-        kinds = {type(layer) for layer in DynamicCache(config=self.model.config).layers}
+        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
         self._cacheable = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-        self._window = (
-            getattr(self.model.config, "sliding_window", None) if DynamicSlidingWindowLayer in kinds else None
-        )
+        self._window = getattr(config, "sliding_window", None) if DynamicSlidingWindowLayer in kinds else None
 
     def close(self) -> None:
         self.masks.detach()
@@ -92,7 +91,8 @@ class Runner:
         """Keys and values of prompts, with the masks that are set (one for all, or one a prefix)."""
         cache = DynamicCache()
         self._body(self._pad(prefixes), past_key_values=cache, use_cache=True)
-        return Prefix([(layer.keys, layer.values) for layer in cache.layers], [len(p) for p in prefixes])  # type: ignore[misc]
+        layers: list[Any] = cache.layers
+        return Prefix([(layer.keys, layer.values) for layer in layers], [len(p) for p in prefixes])
 
     def hidden(self, tokens_BT: Tensor, prefix: Prefix | None = None, prefix_B: Tensor | None = None) -> Tensor:
         """Final hidden states [B, T, D] of right-padded rows, each behind prefix number `prefix_B` [B] if given.

@@ -62,7 +62,7 @@ class Backbone:
         return values
 
     @contextlib.contextmanager
-    def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    def whole(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         """Make partitioned parameters readable in full inside; every rank enters at the same time."""
         if not self.sharded:
             yield
@@ -179,8 +179,7 @@ def _load(
         "use_safetensors": True,
     }
     if not deepspeed and world.size == 1:
-        model = AutoModelForCausalLM.from_pretrained(path, **options).to(device)
-        return _freeze(model), []
+        return _freeze(AutoModelForCausalLM.from_pretrained(path, **options)).to(device), []
     _join(world, device)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -203,7 +202,7 @@ def _partition_on_load(path: Path, config: BackboneConfig, settings: dict[str, A
     from transformers.integrations import HfDeepSpeedConfig
 
     auto = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    _ = AutoModelForCausalLM._model_mapping[type(auto)] if type(auto) in AutoModelForCausalLM._model_mapping else None
+    AutoModelForCausalLM._model_mapping.get(type(auto), None)
     return HfDeepSpeedConfig(settings)
 
 

@@ -51,9 +51,7 @@ def _prefix(tokenizer: Any, system: str, description: str) -> tuple[int, ...]:
 
 def _render(tokenizer: Any, system: str, description: str, question: str) -> str:
     if not getattr(tokenizer, "chat_template", None):
-        raise BackboneError(
-            "the backbone's tokenizer has no chat template; use a chat model, or add chat_template.jinja"
-        )
+        raise BackboneError("the backbone has no chat template; use a chat model, or add chat_template.jinja to it")
     text = system.replace("{persona}", description)
     messages = [{"role": "system", "content": text}, {"role": "user", "content": question}]
     try:

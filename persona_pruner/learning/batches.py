@@ -97,7 +97,10 @@ def _pass(
     items: Sequence[Item], tokens: Sequence[Sequence[int]], chunks: int, pad: int, device: torch.device | str
 ) -> Pass:
     width = max(map(len, tokens))
-    positions, targets, slots, weights = [], [], [], []
+    positions: list[int] = []
+    targets: list[int] = []
+    slots: list[int] = []
+    weights: list[float] = []
     for number, (item, ids) in enumerate(zip(items, tokens, strict=True)):
         first = len(ids) - item.row.answer
         positions += range(number * width + first - 1, number * width + len(ids) - 1)

@@ -29,8 +29,8 @@ def relaxed_mask(
     """The mask of a training step, float32 with a gradient for the scores.
 
     ste: hard top-k forward, identity backward (Bengio et al. 2013). gumbel: hard top-k of scores + Gumbel noise drawn
-    from `noise`, backward of k * softmax((scores + noise) / temperature). soft_topk: sigmoid((scores - t) / temperature)
-    both ways, with the threshold t of each layer such that the mask sums to k.
+    from `noise`, backward of k * softmax((scores + noise) / temperature). soft_topk: sigmoid((scores - t) /
+    temperature) both ways, with the threshold t of each layer such that the mask sums to k.
     """
     if method == "ste":
         return topk_mask(scores_LI.detach(), k).float() + (scores_LI - scores_LI.detach())

@@ -10,15 +10,14 @@ Shapes: P personas of the step, L layers, I channels, B rows, T tokens, N answer
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from persona_pruner.backbone.forward import Runner
+from persona_pruner.backbone.forward import Prefix, Runner
 from persona_pruner.config import ObjectiveConfig
 from persona_pruner.learning.batches import Item, Pass, plan_passes
-
-Teacher = Callable[[Pass], "Sequence[Tensor]"]
 
 
 @dataclass
@@ -76,12 +75,11 @@ def mask_gradient(
     passes, shared = plan(runner, items, prefixes, settings)
     masks = masks_PLI.detach().requires_grad_()
     losses = _no_losses(len(prefixes), masks.device)
+    whole: Prefix | None = None
     if shared:
         runner.masks.set(masks[0] if len(prefixes) == 1 else masks)
         whole = runner.prefix(prefixes)
-        prefix = whole.leaves()
-    else:
-        whole = prefix = None
+    prefix = whole.leaves() if whole else None
     for part in passes:
         runner.masks.set(masks[0] if len(prefixes) == 1 else masks.index_select(0, part.slot_B))
         hidden = runner.hidden(part.tokens_BT, prefix, part.slot_B)
@@ -138,7 +136,7 @@ def _head(
     grad_ND = torch.zeros_like(answers_ND)
     bounds = [round(i * len(answers_ND) / part.chunks) for i in range(part.chunks + 1)]
     held = teacher.of(part) if teacher is not None else None
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         piece = slice(start, end)
         leaf = answers_ND[piece].detach().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):

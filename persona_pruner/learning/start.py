@@ -16,7 +16,7 @@ from persona_pruner.learning.training_free import activation_scores, magnitude, 
 def start_scores(runner: Runner, encoded: Encoded, init: str, warm_LI: Tensor | None, settings: Settings) -> Tensor:
     """Scores [L, I] (float32) for an `init` of the configuration.
 
-    Statistics enter as ranks within their layer, over (0, 1), so that the learning rate means the same for each of them.
+    Statistics enter as ranks within their layer, over (0, 1), so that a learning rate means the same for each of them.
     `persona:` and `mean:` take `warm_LI`, the trained scores that somebody has looked up.
     """
     masks, device = runner.masks, runner.backbone.device

@@ -69,7 +69,7 @@ def contrastive_masks(first_LI: Tensor, second_LI: Tensor, k: int, disjoint: int
         (second_LI, order[:, order.shape[1] - disjoint :], order[:, :disjoint]),
     ):
         forced = own_LI.scatter(1, mine_LJ, float("inf")).scatter(1, theirs_LJ, float("-inf"))
-        picked = forced.sort(-1, descending=True, stable=True).indices[:, :k]
+        picked = forced.sort(dim=-1, descending=True, stable=True).indices[:, :k]
         masks.append(torch.zeros_like(own_LI, dtype=torch.bool).scatter_(1, picked, True))
     return masks[0], masks[1]
 

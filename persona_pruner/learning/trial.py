@@ -90,7 +90,8 @@ _NUMBERS = ("persona_id", "name", "channels", "ratio", "learning_rate", "step", 
 
 def to_bytes(trials: list[Trial], data_sha256: str) -> bytes:
     """A checkpoint of all trials of one persona (safetensors)."""
-    tensors, numbers = {}, []
+    tensors: dict[str, Tensor] = {}
+    numbers = []
     for index, trial in enumerate(trials):
         own = {"scores": trial.scores_LI, "first": trial.first_LI, "second": trial.second_LI}
         own |= {} if trial.accepted_LI is None else {"accepted": trial.accepted_LI}
