@@ -123,7 +123,12 @@ class Sequences:
         ids, positions, labels, blocks = [], [], [], []
         for character, turns in rows:
             prompt = self.prompt(character)
-            row, position, label, block = list(prompt), list(range(len(prompt))), [-100] * len(prompt), [0] * len(prompt)
+            row, position, label, block = (
+                list(prompt),
+                list(range(len(prompt))),
+                [-100] * len(prompt),
+                [0] * len(prompt),
+            )
             for number, (question, reply) in enumerate(turns, 1):
                 head, tail = self.turn(question, reply)
                 row += head + tail
