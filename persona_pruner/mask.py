@@ -55,13 +55,20 @@ class Mask:
 
     def to_bytes(self) -> bytes:
         """safetensors; the same mask gives the same bytes."""
-        packed_LN = torch.from_numpy(np.packbits(self.keep_LI.numpy(), axis=1, bitorder="little"))
+        packed_LN = torch.from_numpy(self._pack())
         tensors = {"keep": packed_LN}
         if self.scores_LI is not None:
             tensors["scores"] = self.scores_LI.to(torch.float16).contiguous()
         header = {name: json.dumps(value) for name, value in dataclasses.asdict(self.metadata).items()}
         header |= {"format_version": str(FORMAT_VERSION), "keep_sha256": _digest(packed_LN)}
         return save(tensors, {name: header[name] for name in sorted(header)})
+
+    def packed(self) -> bytes:
+        """The bits alone, L x N bytes."""
+        return self._pack().tobytes()
+
+    def _pack(self) -> np.ndarray:
+        return np.packbits(self.keep_LI.numpy(), axis=1, bitorder="little")
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> "Mask":

@@ -1,0 +1,90 @@
+"""catalog.parquet: one row a mask. An index only: it can be made again from the masks at any time."""
+
+import io
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from persona_pruner import layout
+from persona_pruner.mask import Mask
+from persona_pruner.storage import NotFoundError, ObjectInfo, Storage
+
+SCHEMA = pa.schema(
+    [
+        ("persona_id", pa.string()),
+        ("key", pa.string()),
+        ("size", pa.int64()),
+        ("modified", pa.float64()),
+        ("persona_sha256", pa.string()),
+        ("backbone", pa.string()),
+        ("backbone_fingerprint", pa.string()),
+        ("run_id", pa.string()),
+        ("method", pa.string()),
+        ("ratio", pa.float64()),
+        ("layers", pa.int32()),
+        ("channels", pa.int32()),
+        ("kept", pa.int32()),
+        ("seed", pa.int64()),
+        ("steps", pa.int32()),
+        ("loss_dense", pa.float64()),
+        ("loss_masked", pa.float64()),
+        ("data_sha256", pa.string()),
+        ("keep", pa.binary()),
+    ]
+)
+"""`keep` holds the packed bits of all layers, so that similarities need no other object."""
+
+
+def build_catalog(storage: Storage, connections: int = 16, fresh: bool = False) -> pa.Table:
+    """One row for each mask below `storage`, in order of ids.
+
+    Rows of an existing catalog are taken over where size and time of the object are unchanged, unless `fresh`. Every
+    other mask is read and verified. Raises MaskError naming the key of one that does not verify.
+    """
+    known = {} if fresh else {row["key"]: row for row in read_catalog(storage).to_pylist()}
+    found = list(mask_objects(storage))
+
+    def row_of(item: ObjectInfo) -> dict[str, Any]:
+        old = known.get(item.key)
+        if old and (old["size"], old["modified"]) == (item.size, item.modified):
+            return old
+        return _row(storage, item)
+
+    with ThreadPoolExecutor(connections) as pool:
+        rows = list(pool.map(row_of, found))
+    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["persona_id"]), SCHEMA)
+
+
+def mask_objects(storage: Storage) -> Iterator[ObjectInfo]:
+    """The mask objects below `storage`."""
+    for item in storage.list(layout.MASKS):
+        if item.key == layout.mask(layout.persona_of(item.key, layout.MASKS)):
+            yield item
+
+
+def _row(storage: Storage, item: ObjectInfo) -> dict[str, Any]:
+    where = f"{storage.url}/{item.key}"
+    data = storage.get(item.key)
+    mask = Mask.from_bytes(data, where)
+    persona_id = layout.persona_of(item.key, layout.MASKS)
+    mask.check(where, persona_id=persona_id)
+    values = {name: getattr(mask.metadata, name) for name in SCHEMA.names if hasattr(mask.metadata, name)}
+    return values | {"key": item.key, "size": item.size, "modified": item.modified, "keep": mask.packed()}
+
+
+def read_catalog(storage: Storage) -> pa.Table:
+    """The stored catalog; empty where there is none or it cannot be read."""
+    try:
+        table = pq.read_table(pa.BufferReader(storage.get(layout.CATALOG)))
+        return table.select(SCHEMA.names).cast(SCHEMA)
+    except (NotFoundError, pa.ArrowException, KeyError, OSError, ValueError):
+        return SCHEMA.empty_table()
+
+
+def write_catalog(storage: Storage, table: pa.Table) -> None:
+    stream = io.BytesIO()
+    pq.write_table(table, stream, compression="zstd")
+    storage.put(layout.CATALOG, stream.getvalue())

@@ -1,0 +1,201 @@
+"""The Ray Data pipeline from a manifest to one Parquet file a persona: score, select, rewrite, commit.
+
+A tile is a fixed block of the manifest's personas; it computes its own reference sums and keeps nothing, so a lost
+tile is run again. Only what was selected leaves the scoring actor; only ids and counts reach the driver.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from persona_pruner import layout
+from persona_pruner.backbone.load import load_backbone
+from persona_pruner.config import RunConfig
+from persona_pruner.errors import PersonaError, SourceError, UserError
+from persona_pruner.manifest import Persona, read_manifest
+from persona_pruner.storage import StorageError, open_storage, read_url
+from persona_pruner.synthesis import records
+from persona_pruner.synthesis.rewrite import OpenAiRewriter, Rewriter, SelfRewriter
+from persona_pruner.synthesis.select import select_questions
+from persona_pruner.synthesis.sensitivity import Sensitivity, choose_references
+from persona_pruner.synthesis.sources import Question, fold, load_questions
+
+
+@dataclass(frozen=True)
+class SynthesisResult:
+    persona_id: str
+    error: tuple[str, str] | None = None
+    """(cause, message) where this persona could not be done."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Rows by filter outcome."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every actor of the pipeline needs."""
+
+    config: RunConfig
+    output: str
+    personas: dict[str, Persona]
+    references: list[Persona]
+    questions: list[Question]
+
+
+def synthesize(
+    config: RunConfig, personas: Sequence[Persona], todo: Collection[str], output_url: str
+) -> Iterator[SynthesisResult]:
+    """Synthesize the personas in `todo`; yields each as soon as its data are committed, or it failed.
+
+    `personas` is the whole manifest: it decides tiles and references. Raises SourceError, ManifestError and RewriteError
+    before anything starts where the input is bad.
+    """
+    wanted = set(todo)
+    if not wanted:
+        return
+    questions = load_questions(config.synthesis)
+    references = _references(config, personas)
+    size = config.synthesis.tile_personas
+    tiles = [personas[i : i + size] for i in range(0, len(personas), size)]
+    blocks = [[p for p in tile if p.id in wanted] for tile in tiles]
+    blocks = [block for block in blocks if block]
+    job = _Job(config, output_url, {}, references, questions)
+    if config.synthesis.rewrite.backend == "openai":
+        OpenAiRewriter(config, open_storage(output_url, config.storage))
+    if config.synthesis.rewrite.backend == "vllm":
+        _check_vllm()
+    yield from _run(job, blocks)
+
+
+def _run(job: _Job, blocks: list[list[Persona]]) -> Iterator[SynthesisResult]:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.target_max_block_size = 1
+    rows = [{"personas": json.dumps([[p.id, p.description] for p in block])} for block in blocks]
+    actors = job.config.synthesis.actors
+    shared = ray.put(job)
+    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _TileActor,
+        fn_constructor_kwargs={"job": [shared]},
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=min(actors.min, len(rows)), max_size=min(actors.max, len(rows))),
+        num_cpus=actors.num_cpus,
+        num_gpus=actors.num_gpus,
+        max_restarts=-1,
+        max_task_retries=-1,
+    )
+    if job.config.synthesis.rewrite.backend != "self":
+        data = data.map_batches(
+            _AnswerActor,
+            fn_constructor_kwargs={"job": [shared]},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=1),
+            num_cpus=min(0.25, actors.num_cpus),
+        )
+    for row in data.iter_rows():
+        result = json.loads(row["result"])
+        if result.get("fatal"):
+            raise UserError(result["fatal"])
+        yield SynthesisResult(result["id"], tuple(result["error"]) if result["error"] else None, result["counts"])
+
+
+class _TileActor:
+    """Holds a DeepSpeed-initialized backbone; scores and selects, and rewrites too where the backbone is the voice."""
+
+    def __init__(self, job: list[Any]) -> None:
+        self.job: _Job = ray.get(job[0])
+        config = self.job.config
+        torch.set_num_threads(config.synthesis.actors.cpu_threads)
+        self.storage = open_storage(self.job.output, config.storage)
+        backbone = load_backbone(config.backbone)
+        texts = [question.text for question in self.job.questions]
+        self.sensitivity = Sensitivity(backbone, config, texts, self.job.references)
+        self.rewriter = SelfRewriter(backbone, config) if config.synthesis.rewrite.backend == "self" else None
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
+        for block in batch["personas"]:
+            personas = [Persona(*row) for row in json.loads(block)]
+            for persona, scores in self.sensitivity.tile(personas):
+                chosen = select_questions(
+                    self.job.config.synthesis.select,
+                    self.job.questions,
+                    scores,
+                    evaluation_questions(self.job.config, persona.id),
+                    f"{self.job.config.synthesis.seed}\0{persona.id}",
+                )
+                selection = [(i, float(scores[i])) for i in chosen]
+                if self.rewriter is not None:
+                    yield {"result": [answer_and_commit(self.job, self.storage, self.rewriter, persona, selection)]}
+                else:
+                    row = {"id": persona.id, "description": persona.description, "selection": selection}
+                    yield {"selected": [json.dumps(row)]}
+
+
+class _AnswerActor:
+    """Sends what was selected to the rewriting backend."""
+
+    def __init__(self, job: list[Any]) -> None:
+        self.job: _Job = ray.get(job[0])
+        self.storage = open_storage(self.job.output, self.job.config.storage)
+        self.rewriter: Rewriter = OpenAiRewriter(self.job.config, self.storage)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        results = []
+        for text in batch["selected"]:
+            row = json.loads(text)
+            persona = Persona(row["id"], row["description"])
+            results.append(answer_and_commit(self.job, self.storage, self.rewriter, persona, row["selection"]))
+        return {"result": results}
+
+
+def answer_and_commit(
+    job: Any, storage: Any, rewriter: Rewriter, persona: Persona, selection: Sequence[Sequence[float]]
+) -> str:
+    """Rewrite and store one persona. Returns the result as JSON; a persona's own fault is part of it."""
+    questions = [job.questions[int(i)] for i, _ in selection]
+    result: dict[str, Any] = {"id": persona.id, "error": None, "counts": {}}
+    try:
+        answers = rewriter.answers(persona, questions) if questions else []
+        scores = [score for _, score in selection]
+        result["counts"] = records.commit(job.config, storage, persona, questions, scores, answers, rewriter.model)
+        for item in storage.list(layout.stored_answers(persona.id)):
+            storage.delete(item.key)
+    except PersonaError as error:
+        result["error"] = (error.cause, str(error))
+    except StorageError as error:
+        result["error"] = ("storage", str(error))
+    except UserError as error:
+        result["fatal"] = str(error)
+    return json.dumps(result)
+
+
+def evaluation_questions(config: RunConfig, persona_id: str) -> set[str]:
+    """Folded questions that must not enter this persona's data, from `evaluation.questions`."""
+    directory = config.evaluation.questions
+    if directory is None:
+        return set()
+    for name in (f"{persona_id}.json", f"{persona_id}.txt"):
+        path = Path(directory) / name
+        if path.is_file():
+            text = read_url(str(path)).decode("utf-8")
+            value = json.loads(text) if path.suffix == ".json" else text.splitlines()
+            found = value.get("questions", []) if isinstance(value, dict) else value
+            return {fold(question) for question in found if isinstance(question, str)}
+    return set()
+
+
+def _references(config: RunConfig, personas: Sequence[Persona]) -> list[Persona]:
+    settings = config.synthesis.references
+    pool = read_manifest(settings.path).personas if settings.path else personas
+    found = choose_references(pool, settings.count, config.synthesis.seed)
+    if len(found) < 2 and not settings.path:
+        raise SourceError("one persona alone has no references; set synthesis.references.path to a file of personas")
+    return found
+
+
+def _check_vllm() -> None:
+    raise SourceError("synthesis.rewrite.backend = vllm: the package vllm is not installed; use openai or self")

@@ -1,0 +1,47 @@
+"""Which of the scored questions a persona is trained on. Shape suffixes: Q questions."""
+
+import hashlib
+import re
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from persona_pruner.config import SelectConfig
+from persona_pruner.synthesis.sources import Question, fold
+
+
+def select_questions(
+    config: SelectConfig,
+    questions: Sequence[Question],
+    scores_Q: Tensor,
+    excluded: Collection[str] = (),
+    seed: str = "",
+) -> list[int]:
+    """Positions of the chosen questions, best first (ties: by question id).
+
+    `excluded` holds folded texts that must not be taken (the persona's evaluation questions). `random` draws by `seed`.
+    """
+    scores = scores_Q.tolist()
+    if config.method == "random":
+        order = sorted(range(len(questions)), key=lambda i: hashlib.sha256(f"{seed}{questions[i].id}".encode()).digest())
+    else:
+        order = sorted(range(len(questions)), key=lambda i: (-scores[i], questions[i].id))
+    floor = {
+        "threshold": config.threshold,
+        "quantile": torch.quantile(scores_Q.double(), config.quantile).item() if len(scores) else 0.0,
+    }.get(config.method)
+    taken: list[int] = []
+    words: list[set[str]] = []
+    for i in order:
+        if len(taken) == config.k or (floor is not None and scores[i] <= floor):
+            break
+        if fold(questions[i].text) in excluded:
+            continue
+        if config.diversity is not None:
+            own = set(re.findall(r"\w+", questions[i].text.lower()))
+            if any(len(own & other) > config.diversity * len(own | other) for other in words):
+                continue
+            words.append(own)
+        taken.append(i)
+    return taken

@@ -1,0 +1,122 @@
+"""The pool of questions: instruction data of several sources, mixed, deduplicated, with ids that never change."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persona_pruner.config import SourceConfig, SynthesisConfig
+from persona_pruner.errors import SourceError
+from persona_pruner.storage import NotFoundError, local_copy
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
+MAX_CHARACTERS = 100_000
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str
+    """First 16 hex digits of the sha256 of the folded text."""
+    text: str
+    answer: str | None
+    """The source's own answer."""
+
+
+def fold(text: str) -> str:
+    """White space folded, as questions are compared."""
+    return " ".join(text.split())
+
+
+def question_id(text: str) -> str:
+    return hashlib.sha256(fold(text).encode()).hexdigest()[:16]
+
+
+def load_questions(config: SynthesisConfig) -> list[Question]:
+    """The pool in an order that depends on the sources, weights and seed only. Raises SourceError."""
+    if not config.sources:
+        raise SourceError("synthesis.sources is empty; name at least one file or data set of questions")
+    seen: set[str] = set()
+    parts: list[list[Question]] = []
+    for source in config.sources:
+        part = [q for q in _read(source) if not (q.id in seen or seen.add(q.id))]  # type: ignore[func-returns-value]
+        parts.append(part)
+    wanted = config.max_questions
+    if wanted is not None and wanted < sum(map(len, parts)):
+        parts = _cut(parts, [source.weight for source in config.sources], wanted, config.seed)
+    return [question for part in parts for question in part]
+
+
+def _cut(parts: list[list[Question]], weights: Sequence[float], wanted: int, seed: int) -> list[list[Question]]:
+    """`wanted` questions in all, shares by weight; what a small source cannot give the others do."""
+    taken = [0] * len(parts)
+    for _ in range(wanted):
+        open_parts = [i for i, part in enumerate(parts) if taken[i] < len(part)]
+        taken[min(open_parts, key=lambda i: (taken[i] + 1) / weights[i])] += 1
+    drawn = []
+    for part, count in zip(parts, taken, strict=True):
+        chosen = set(random.Random(f"{seed}").sample(range(len(part)), count))
+        drawn.append([question for i, question in enumerate(part) if i in chosen])
+    return drawn
+
+
+def _read(source: SourceConfig) -> list[Question]:
+    where = f"source {source.path}"
+    rows = _rows(source, where)
+    columns = rows.column_names
+    for column in (source.question, source.answer):
+        if column is not None and column not in columns:
+            raise SourceError(f"{where}: no column {column!r}; found {', '.join(columns)}")
+    questions = []
+    for number, row in enumerate(rows, 1):
+        text = row[source.question]
+        extra = row.get(source.input) if source.input else None
+        answer = row[source.answer] if source.answer else None
+        if not isinstance(text, str) or not text.strip():
+            raise SourceError(f"{where}, row {number}: {source.question} is {text!r}; it must be text")
+        if source.answer and not isinstance(answer, str):
+            raise SourceError(
+                f"{where}, row {number}: {source.answer} is {answer!r}; set answer: null if there are no answers"
+            )
+        whole = f"{text.strip()}\n{extra.strip()}" if isinstance(extra, str) and extra.strip() else text.strip()
+        if len(whole) > MAX_CHARACTERS:
+            raise SourceError(f"{where}, row {number}: {len(whole):,} characters, at most {MAX_CHARACTERS:,} are allowed")
+        questions.append(Question(question_id(whole), whole, answer))
+    if not questions:
+        raise SourceError(f"{where}: has no rows")
+    return questions
+
+
+def _rows(source: SourceConfig, where: str) -> Any:
+    """A datasets.Dataset."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        path = local_copy(source.path)
+    except NotFoundError as error:
+        raise SourceError(f"{where}: {error}") from None
+    try:
+        if path.exists():
+            files = sorted(p for p in path.rglob("*") if _format(p)) if path.is_dir() else [path]
+            kinds = {_format(file) for file in files}
+            if len(kinds) != 1 or None in kinds:
+                raise SourceError(f"{where}: needs files of one kind out of {', '.join(_FORMATS)} (or .gz of them)")
+            kind = str(kinds.pop())
+            if all(file.stat().st_size == 0 for file in files):
+                raise SourceError(f"{where}: is empty")
+            return datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train")
+        return datasets.load_dataset(source.path, split=source.split)
+    except SourceError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines()[0][:200] if str(cause).strip() else type(cause).__name__
+        kind = "cannot be read" if path.exists() else "is no local file, and the hub does not give it"
+        raise SourceError(f"{where}: {kind}: {reason}") from None
+
+
+def _format(path: Path) -> str | None:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst")]
+    return _FORMATS.get(suffixes[-1].lower()) if suffixes else None
