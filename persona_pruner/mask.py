@@ -61,7 +61,7 @@ class Mask:
             tensors["scores"] = self.scores_LI.to(torch.float16).contiguous()
         header = {name: json.dumps(value) for name, value in dataclasses.asdict(self.metadata).items()}
         header |= {"format_version": str(FORMAT_VERSION), "keep_sha256": _digest(packed_LN)}
-        return save(tensors, {name: header[name] for name in sorted(header)})
+        return _sort_header(save(tensors, header))
 
     def packed(self) -> bytes:
         """The bits alone, L x N bytes."""
@@ -145,6 +145,14 @@ def read_header(data: bytes, where: str) -> dict[str, str]:
         return dict(json.loads(data[8 : 8 + length])["__metadata__"])
     except (ValueError, KeyError, TypeError) as error:
         raise MaskError(f"{where}: not a mask: no readable header ({type(error).__name__})") from None
+
+
+def _sort_header(data: bytes) -> bytes:
+    """The same safetensors object with its header's keys in order: the library writes metadata in a random one."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def _metadata(header: dict[str, str], where: str) -> MaskMetadata:

@@ -70,7 +70,7 @@ class ChannelMasks:
 
     def __init__(self, model: nn.Module) -> None:
         self.ffns = find_ffns(model)
-        self._masks: Sequence[Tensor] | None = None
+        self.active: Sequence[Tensor] | None = None
         self._hooks: list[Any] = []
 
     @property
@@ -92,7 +92,7 @@ class ChannelMasks:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._masks = None
+        self.active = None
 
     def __enter__(self) -> "ChannelMasks":
         return self.attach()
@@ -103,17 +103,17 @@ class ChannelMasks:
     def set(self, mask: Tensor | None) -> None:
         """Use mask [L, I] for all rows, or [B, L, I] with one mask a row (floating, may require grad), or none."""
         if mask is None:
-            self._masks = None
+            self.active = None
             return
         assert mask.shape[-2:] == (self.layers, self.channels), (tuple(mask.shape), self.layers, self.channels)
-        self._masks = mask.unbind(-2)
+        self.active = mask.unbind(-2)
 
     def _hook(self, layer: int) -> Any:
         def multiply(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            if self._masks is None:
+            if self.active is None:
                 return None
             hidden, *rest = inputs
-            mask = self._masks[layer].to(hidden.dtype)
+            mask = self.active[layer].to(hidden.dtype)
             if mask.ndim == 1:
                 return (hidden * mask, *rest)
             by_row = hidden.view(mask.shape[0], -1, hidden.shape[-1])

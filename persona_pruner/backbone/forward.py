@@ -4,18 +4,27 @@ they are needed.
 Shapes: P prefixes, B rows, T tokens, D model width, N answer positions, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from persona_pruner.backbone.channels import ChannelMasks
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.errors import BackboneError
+
+
+class _Recording(DynamicLayer):
+    """One layer's keys and values of the last run. It never grows: recomputed layers run twice."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
 
 
 class _Behind(DynamicLayer):
@@ -61,14 +70,14 @@ class Runner:
         self.masks = ChannelMasks(backbone.model).attach()
         config: Any = backbone.model.config
         self.pad: int = config.pad_token_id or 0
-        self._checkpoints = _checkpoint_layers(self.model) if checkpoint_layers else []
+        self._recomputed = self._recompute_layers() if checkpoint_layers else []
         kinds = {type(layer) for layer in DynamicCache(config=config).layers}
         self._cacheable = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
         self._window = getattr(config, "sliding_window", None) if DynamicSlidingWindowLayer in kinds else None
 
     def close(self) -> None:
         self.masks.detach()
-        for layer in self._checkpoints:
+        for layer in self._recomputed:
             del layer.forward
 
     def __enter__(self) -> "Runner":
@@ -89,9 +98,8 @@ class Runner:
 
     def prefix(self, prefixes: Sequence[Sequence[int]]) -> Prefix:
         """Keys and values of prompts, with the masks that are set (one for all, or one a prefix)."""
-        cache = DynamicCache()
-        self._body(self._pad(prefixes), past_key_values=cache, use_cache=True)
-        layers: list[Any] = cache.layers
+        layers: list[Any] = [_Recording() for _ in self.masks.ffns]
+        self._body(self._pad(prefixes), past_key_values=_cache(layers), use_cache=True)
         return Prefix([(layer.keys, layer.values) for layer in layers], [len(p) for p in prefixes])
 
     def hidden(self, tokens_BT: Tensor, prefix: Prefix | None = None, prefix_B: Tensor | None = None) -> Tensor:
@@ -139,6 +147,32 @@ class Runner:
     def _body(self, tokens_BT: Tensor, **options: Any) -> Tensor:
         return self.backbone.enter(lambda: self.model.base_model(tokens_BT, **options).last_hidden_state)
 
+    def _recompute_layers(self) -> list[Any]:
+        """Make every decoder layer recompute its activations in the backward pass; returns the changed layers.
+
+        transformers' own switch turns caches off, and with them the shared prefix.
+        """
+        depth = self.masks.layers
+        layers = next(m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+        for layer in layers:
+            layer.forward = self._recompute(layer.forward)
+        return list(layers)
+
+    def _recompute(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            masks = self.masks.active
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                now, self.masks.active = self.masks.active, masks
+                try:
+                    return plain(*args, **kwargs)
+                finally:
+                    self.masks.active = now
+
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+        return forward
+
     def _pad(self, rows: Sequence[Sequence[int]]) -> Tensor:
         return pad_rows(rows, self.pad).to(self.backbone.device)
 
@@ -153,18 +187,3 @@ def _cache(layers: list[Any]) -> DynamicCache:
     cache = DynamicCache()
     cache.layers = layers
     return cache
-
-
-def _checkpoint_layers(model: Any) -> list[Any]:
-    """Make every decoder layer recompute its activations in the backward pass; returns the changed layers.
-
-    transformers' own switch turns caches off, and with them the shared prefix.
-    """
-    from torch.utils.checkpoint import checkpoint
-
-    depth = model.config.num_hidden_layers
-    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
-    for layer in layers:
-        plain = layer.forward
-        layer.forward = lambda *a, _plain=plain, **k: checkpoint(_plain, *a, use_reentrant=False, **k)
-    return list(layers)

@@ -172,9 +172,13 @@ def load_backbone(
 def _load(
     config: BackboneConfig, path: Path, world: World, deepspeed: bool, device: torch.device
 ) -> tuple[nn.Module, list[Any]]:
+    auto = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    # Looked up before zero.Init is active: that patches tensor construction, and a lazy import inside it fails.
+    kind = AutoModelForCausalLM._model_mapping.get(type(auto), None)
+    sdpa_missing = config.attention == "sdpa" and not getattr(kind, "_supports_sdpa", True)  # Gemma 2
     options = {
         "dtype": _DTYPES[config.dtype],
-        "attn_implementation": config.attention,
+        "attn_implementation": "eager" if sdpa_missing else config.attention,
         "trust_remote_code": config.trust_remote_code,
         "use_safetensors": True,
     }
@@ -186,7 +190,7 @@ def _load(
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0} if world.size > 1 else {"stage": 0},
     }
-    keeper = _partition_on_load(path, config, settings) if world.size > 1 else None
+    keeper = _partition_on_load(settings) if world.size > 1 else None
     model = _freeze(AutoModelForCausalLM.from_pretrained(path, **options))
     if world.size == 1:
         model = model.to(device)
@@ -196,13 +200,11 @@ def _load(
     return engine.module.inner, [engine.module, engine, keeper]
 
 
-def _partition_on_load(path: Path, config: BackboneConfig, settings: dict[str, Any]) -> Any:
+def _partition_on_load(settings: dict[str, Any]) -> Any:
     """Make from_pretrained create partitioned parameters for as long as the returned object lives."""
-    import torch._dynamo  # noqa: F401  (zero.Init patches tensor construction; a lazy import inside it fails)
+    import torch._dynamo  # noqa: F401  (a lazy import inside zero.Init fails)
     from transformers.integrations import HfDeepSpeedConfig
 
-    auto = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    AutoModelForCausalLM._model_mapping.get(type(auto), None)
     return HfDeepSpeedConfig(settings)
 
 

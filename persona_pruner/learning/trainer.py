@@ -211,7 +211,7 @@ class MaskTrainer:
         ladder = sorted(self.learning.ratio_ladder)
         good = trial.heldout is None or dense is None or trial.heldout <= dense + self.learning.ratio_tolerance
         if good and trial.rung + 1 < len(ladder):
-            trial.accepted_LI, trial.rung = trial.scores_LI, trial.rung + 1
+            trial.accepted_LI, trial.rung = trial.scores_LI.clone(), trial.rung + 1
             trial.ratio = ladder[trial.rung]
             trial.reset()
             return True

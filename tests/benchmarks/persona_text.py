@@ -1,0 +1,121 @@
+"""Personas of ../shared/data with two kinds of text, for the benchmarks of mask learning.
+
+Synthesized: answers that the backbone samples (temperature 1) as that persona, as the backend `self` does. Real: what
+the persona says in the data. Kept in --cache between runs, since sampling takes longer than most of what follows.
+"""
+
+import gzip
+import hashlib
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from persona_pruner.backbone.load import Backbone
+from persona_pruner.backbone.prompts import persona_prefix, question_suffix
+from persona_pruner.config import RunConfig
+from persona_pruner.learning.data import PersonaData, Row
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Persona:
+    """`train` and `heldout` are synthesized, `real` is the persona's own held-out conversation."""
+
+    id: str
+    description: str
+    train: tuple[Row, ...]
+    heldout: tuple[Row, ...]
+    real: tuple[Row, ...]
+
+    def data(self, rows: int | None = None) -> PersonaData:
+        train = self.train[:rows]
+        digest = hashlib.sha256(json.dumps([asdict(row) for row in train]).encode()).hexdigest()
+        return PersonaData(self.id, self.description, train, self.heldout, digest)
+
+
+def read_jsonl(name: str) -> list[dict[str, str]]:
+    with gzip.open(SHARED / name, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def personas(
+    backbone: Backbone, config: RunConfig, count: int, cache: Path, train: int = 256, heldout: int = 64
+) -> list[Persona]:
+    """The `count` personas with the most held-out conversation, in turn from each source."""
+    rows = read_jsonl("roleplay.jsonl.gz")
+    by_source: dict[str, dict[str, list[dict[str, str]]]] = {}
+    for row in rows:
+        if row["split"] == "heldout":
+            by_source.setdefault(row["source"].split("/")[0], {}).setdefault(row["persona_id"], []).append(row)
+    ranked = [
+        sorted(by_source[source].values(), key=lambda own: (-len(own), own[0]["persona_id"]))
+        for source in ("rolebench", "character-llm", "spc")
+    ]
+    chosen = [own for turn in zip(*ranked, strict=False) for own in turn][:count]
+    questions = sorted(
+        {r["question"] for r in rows if r["source"] == "rolebench/general" and len(r["question"].split()) < 25}
+        | {a["instruction"] for a in read_jsonl("alpaca.jsonl.gz") if not a["input"] and len(a["instruction"]) < 90}
+    )
+    return [_persona(backbone, config, own, questions, cache, train, heldout) for own in chosen]
+
+
+def generic(rows: int = 128) -> PersonaData:
+    """Generic instruction data with its own answers, under no particular persona."""
+    pool = [a for a in read_jsonl("alpaca.jsonl.gz") if not a["input"] and len(a["output"].split()) < 60]
+    picked = random.Random(0).sample(pool, rows)
+    return PersonaData(
+        "generic", "A helpful assistant.", tuple(Row(a["instruction"], a["output"]) for a in picked), (), "generic"
+    )
+
+
+def _persona(
+    backbone: Backbone,
+    config: RunConfig,
+    own: list[dict[str, str]],
+    questions: list[str],
+    cache: Path,
+    train: int,
+    heldout: int,
+) -> Persona:
+    name, description = own[0]["persona_id"], own[0]["persona"]
+    real = tuple(Row(row["question"], row["answer"]) for row in own[:64])
+    file = cache / f"{name}-{train}-{heldout}.json"
+    if file.exists():
+        rows = [Row(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
+    else:
+        asked = random.Random(name).sample(questions, 2 * (train + heldout))
+        rows = _sample(backbone, config, description, asked, train + heldout)
+        cache.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+    return Persona(name, description, tuple(rows[heldout:]), tuple(rows[:heldout]), real)
+
+
+@torch.no_grad()
+def _sample(backbone: Backbone, config: RunConfig, description: str, questions: list[str], wanted: int) -> list[Row]:
+    """Answers drawn at temperature 1; those that do not end in time are dropped."""
+    torch.manual_seed(0)
+    tokenizer, system = backbone.tokenizer, config.prompt.system
+    prefix = persona_prefix(tokenizer, system, description)
+    rows: list[Row] = []
+    for start in range(0, len(questions), 64):
+        block = questions[start : start + 64]
+        prompts = [prefix + question_suffix(tokenizer, system, description, question) for question in block]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        out = backbone.model.generate(  # type: ignore[operator]
+            ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=MAX_NEW_TOKENS, pad_token_id=0,
+        )  # fmt: skip
+        for question, answer in zip(block, out[:, width:].tolist(), strict=True):
+            if tokenizer.eos_token_id in answer:
+                text = tokenizer.decode(answer[: answer.index(tokenizer.eos_token_id)], skip_special_tokens=True)
+                rows += [Row(question, text.strip())] if text.strip() else []
+        if len(rows) >= wanted:
+            break
+    return rows[:wanted]

@@ -1,0 +1,158 @@
+"""The fast step against the plain formula: one whole prompt at a time, all logits, autograd through everything.
+
+Shapes: P personas, L layers, I channels, T tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import FAMILIES, persona_data, tiny, tiny_config
+from torch import Tensor
+
+from persona_pruner.backbone.channels import find_ffns
+from persona_pruner.backbone.forward import Runner
+from persona_pruner.backbone.load import Backbone
+from persona_pruner.config import ObjectiveConfig
+from persona_pruner.learning.batches import Item
+from persona_pruner.learning.data import Encoded, encode
+from persona_pruner.learning.objective import Settings, Targets, mask_gradient, mask_losses
+
+BOTH = ObjectiveConfig(cross_entropy=0.7, distillation=0.4)
+
+
+def naive(
+    backbone: Backbone, masks_PLI: Tensor, personas: Sequence[Encoded], objective: ObjectiveConfig
+) -> tuple[Tensor, Tensor]:
+    """Losses [P] and d sum(losses) / d masks [P, L, I], by the formula of the objective."""
+    model, ffns = backbone.model, find_ffns(backbone.model)
+    masks = masks_PLI.clone().requires_grad_()
+    losses = []
+    for mask_LI, persona in zip(masks, personas, strict=True):
+        total, tokens = torch.zeros(()), 0
+        for row in persona.train:
+            ids = torch.tensor([[*persona.prefix, *row.tokens]])
+            answer = ids[0, -row.answer :]
+            with torch.no_grad():
+                dense_TV = model(ids, use_cache=False).logits[0, -row.answer - 1 : -1].float().log_softmax(-1)
+            hooks = [
+                ffn.output.register_forward_pre_hook(
+                    lambda _, inputs, layer=layer, mask=mask_LI: (inputs[0] * mask[layer],)
+                )
+                for layer, ffn in enumerate(ffns)
+            ]
+            logq_TV = model(ids, use_cache=False).logits[0, -row.answer - 1 : -1].float().log_softmax(-1)
+            for hook in hooks:
+                hook.remove()
+            total = total + objective.cross_entropy * F.nll_loss(logq_TV, answer, reduction="sum")
+            total = total + objective.distillation * F.kl_div(logq_TV, dense_TV, reduction="sum", log_target=True)
+            tokens += row.answer
+        losses.append(total / tokens)
+    whole = torch.stack(losses)
+    whole.sum().backward()
+    assert masks.grad is not None
+    return whole.detach(), masks.grad
+
+
+def fast(
+    backbone: Backbone, masks_PLI: Tensor, personas: Sequence[Encoded], settings: Settings, **options: bool
+) -> tuple[Tensor, Tensor]:
+    prefixes = [persona.prefix for persona in personas]
+    items = [
+        Item(slot, (persona.persona_id, n), row, 1 / sum(r.answer for r in persona.train))
+        for slot, persona in enumerate(personas)
+        for n, row in enumerate(persona.train)
+    ]
+    with Runner(backbone, **options) as runner:
+        teacher = Targets(settings.objective.top_logits) if settings.objective.distillation else None
+        if teacher:
+            teacher.collect(runner, prefixes, items, settings)
+        grad, losses = mask_gradient(runner, masks_PLI, prefixes, items, settings, teacher)
+        alone = mask_losses(runner, masks_PLI, prefixes, items, settings, teacher)
+    assert torch.allclose(alone.total, losses.total, rtol=1e-5)
+    return losses.total, grad
+
+
+def encoded(backbone: Backbone, names: Sequence[str]) -> list[Encoded]:
+    config = tiny_config()
+    return [encode(backbone.tokenizer, config.prompt.system, persona_data(name), 2048) for name in names]
+
+
+def some_masks(backbone: Backbone, personas: int) -> Tensor:
+    ffns = find_ffns(backbone.model)
+    drawn = torch.rand(personas, len(ffns), ffns[0].channels, generator=torch.Generator().manual_seed(1))
+    return (drawn > 0.4).float()
+
+
+def assert_same(fast_pair: tuple[Tensor, Tensor], naive_pair: tuple[Tensor, Tensor], tolerance: float = 1e-5) -> None:
+    assert torch.allclose(fast_pair[0], naive_pair[0], rtol=tolerance)
+    error = (fast_pair[1] - naive_pair[1]).norm() / naive_pair[1].norm()
+    assert error < tolerance, f"gradient differs by {error:.1e}"
+    assert naive_pair[1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradient_equal_the_plain_formula_in_every_family(tmp_path, family):
+    backbone = tiny(tmp_path, family)
+    personas, masks = encoded(backbone, ["Ann"]), some_masks(backbone, 1)
+    assert_same(fast(backbone, masks, personas, Settings(BOTH)), naive(backbone, masks, personas, BOTH))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_personas_with_prefixes_of_different_lengths_share_a_step(tmp_path, family):
+    backbone = tiny(tmp_path, family)
+    personas, masks = encoded(backbone, ["Al", "Barbara", "Cyril"]), some_masks(backbone, 3)
+    assert len({len(persona.prefix) for persona in personas}) == 3
+    assert_same(fast(backbone, masks, personas, Settings(BOTH)), naive(backbone, masks, personas, BOTH))
+
+
+@pytest.mark.parametrize("names", [["Ann"], ["Al", "Barbara"]])
+def test_a_sliding_window_shorter_than_the_prompt(tmp_path, names):
+    backbone = tiny(tmp_path, "mistral", sliding_window=24)
+    personas, masks = encoded(backbone, names), some_masks(backbone, len(names))
+    assert_same(fast(backbone, masks, personas, Settings(BOTH)), naive(backbone, masks, personas, BOTH))
+
+
+def test_chunks_of_logits_and_small_passes_change_nothing(tmp_path):
+    backbone = tiny(tmp_path)
+    personas, masks = encoded(backbone, ["Ann"]), some_masks(backbone, 1)
+    small = Settings(BOTH.model_copy(update={"logits_chunk": 7}), pass_tokens=80)
+    assert_same(fast(backbone, masks, personas, small), naive(backbone, masks, personas, BOTH))
+
+
+def test_recomputed_layers_give_the_same_gradient(tmp_path):
+    backbone = tiny(tmp_path)
+    personas, masks = encoded(backbone, ["Ann", "Bob"]), some_masks(backbone, 2)
+    plain = fast(backbone, masks, personas, Settings(BOTH))
+    assert_same(fast(backbone, masks, personas, Settings(BOTH), checkpoint_layers=True), plain, 1e-6)
+
+
+def test_cross_entropy_alone_is_the_papers_objective(tmp_path):
+    backbone = tiny(tmp_path)
+    personas, masks = encoded(backbone, ["Ann"]), some_masks(backbone, 1)
+    paper = ObjectiveConfig(cross_entropy=1, distillation=0)
+    assert_same(fast(backbone, masks, personas, Settings(paper)), naive(backbone, masks, personas, paper))
+
+
+def test_top_logits_of_the_whole_vocabulary_are_all_logits(tmp_path):
+    backbone = tiny(tmp_path)
+    personas, masks = encoded(backbone, ["Ann"]), some_masks(backbone, 1)
+    top = BOTH.model_copy(update={"top_logits": backbone.model.config.vocab_size - 1})
+    assert_same(fast(backbone, masks, personas, Settings(top)), naive(backbone, masks, personas, BOTH), 1e-4)
+
+
+def test_top_logits_gradient_is_that_of_the_bucketed_divergence(tmp_path):
+    backbone = tiny(tmp_path)
+    logq = torch.randn(5, 40, dtype=torch.double, requires_grad=True)
+    logp = torch.randn(5, 40, dtype=torch.double).log_softmax(-1)
+    best = logp.topk(6)
+    targets = Targets(6)
+    with Runner(backbone) as runner:
+        goal, divergence = targets.compare(runner, best, slice(0, 5), logq.detach().log_softmax(-1))
+    q = logq.log_softmax(-1)
+    rest_p, rest_q = 1 - best.values.exp().sum(-1), 1 - q.gather(1, best.indices).exp().sum(-1)
+    kl = (best.values.exp() * (best.values - q.gather(1, best.indices))).sum(-1) + rest_p * (rest_p / rest_q).log()
+    kl.sum().backward()
+    assert torch.allclose(divergence, kl.detach())
+    assert torch.allclose(logq.grad, q.detach().exp() - goal)
