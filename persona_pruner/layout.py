@@ -39,6 +39,11 @@ def evaluation(persona_id: str) -> str:
     return f"{EVALUATION}{persona_id}.json"
 
 
+def global_mask(digest: str) -> str:
+    """The evaluation's one mask for all personas, named by the data that it was learned from."""
+    return f"{EVALUATION}global/{digest}.safetensors"
+
+
 def lease(epoch: int) -> str:
     return f"{LEASES}{epoch:08d}.json"
 

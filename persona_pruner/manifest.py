@@ -153,7 +153,9 @@ def _persona(where: str, row: Mapping[str, Any], faults: list[str]) -> Persona |
     elif not isinstance(description, str) or not description.strip():
         faults.append(f"{where}: description is {_short(description)}; it must be text")
     elif len(description) > MAX_DESCRIPTION:
-        faults.append(f"{where}: description has {len(description):,} characters, at most {MAX_DESCRIPTION:,} are allowed")
+        faults.append(
+            f"{where}: description has {len(description):,} characters, at most {MAX_DESCRIPTION:,} are allowed"
+        )
     elif "\0" in description:
         faults.append(f"{where}: description holds a null byte")
     elif any("\ud800" <= character <= "\udfff" for character in description):

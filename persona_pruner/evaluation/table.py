@@ -26,6 +26,7 @@ from persona_pruner.learning.training_free import magnitude, random
 from persona_pruner.manifest import Persona
 from persona_pruner.mask import Mask
 from persona_pruner.storage import NotFoundError, Storage, read_url
+from persona_pruner.synthesis.records import read_persona_data
 
 METHODS = ("unpruned", "own", "other", "global", "magnitude", "random")
 TEXTS = ("answers", "conversations")
@@ -162,3 +163,58 @@ def _cells(losses: Mapping[str, float]) -> list[str]:
         f"[bold]{value:.3f}[/bold]" if value == best and name != "unpruned" else f"{value:.3f}"
         for name, value in losses.items()
     ]
+
+
+Call = Callable[[str, Sequence[Any]], Iterable[tuple[Any, Any]]]
+"""Runs a method of the shard groups on each payload; gives (payload, answer) in any order, fewer if stopped."""
+
+
+def _global_key(storage: Storage, personas: Sequence[Persona]) -> str:
+    """Where the global mask of exactly these masks' data is kept."""
+    parts = [
+        layout.mask(p.id) + Mask.from_bytes(storage.get(layout.mask(p.id)), p.id).metadata.data_sha256 for p in personas
+    ]
+    return layout.global_mask(hashlib.sha256("".join(parts).encode()).hexdigest()[:16])
+
+
+def _open_tasks(
+    config: RunConfig, personas: Sequence[Persona], storage: Storage, global_mask: bytes | None
+) -> list[EvaluationTask]:
+    every = tasks(config, personas, storage, lambda persona: read_persona_data(storage, persona), global_mask)
+    return [task for task in every if stored(storage, task) is None]
+
+
+def missing(config: RunConfig, personas: Sequence[Persona], storage: Storage) -> bool:
+    """Whether a figure of the comparison is not there yet, or is of other masks or data."""
+    key = _global_key(storage, personas)
+    if not storage.exists(key):
+        return True
+    return bool(_open_tasks(config, personas, storage, storage.get(key)))
+
+
+def compare(config: RunConfig, personas: Sequence[Persona], storage: Storage, call: Call) -> bool:
+    """Learn the global mask and measure every persona, as far as it is not done. False where stopped before the end."""
+    key = _global_key(storage, personas)
+    if not storage.exists(key):
+        ratio = Mask.from_bytes(storage.get(layout.mask(personas[0].id)), personas[0].id).metadata.ratio
+        for _, data in call("train_global", [(list(personas), ratio)]):
+            storage.put(key, data)
+    if not storage.exists(key):
+        return False
+    open_tasks = _open_tasks(config, personas, storage, storage.get(key))
+    finished = 0
+    for task, losses in call("evaluate", open_tasks):
+        store(storage, task, losses)
+        finished += 1
+    return finished == len(open_tasks)
+
+
+def stored_tables(personas: Sequence[Persona], storage: Storage, ratio: Any) -> list[Table]:
+    """The tables of what is stored for these personas."""
+    results = {}
+    for persona in personas:
+        try:
+            results[persona.id] = json.loads(storage.get(layout.evaluation(persona.id)))["losses"]
+        except NotFoundError:
+            continue
+    return render(results, ratio)

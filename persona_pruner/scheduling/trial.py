@@ -36,9 +36,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to a trial: started on a group, progressed, was paused, is done, failed, or lost its group."""
+    """What happened to a trial: started on a group, progressed, was paused, is done, failed, lost its
+    group, or was returned unstarted by a group that is gone."""
 
-    kind: Literal["started", "progressed", "paused", "done", "failed", "lost"]
+    kind: Literal["started", "progressed", "paused", "done", "failed", "lost", "returned"]
     group: str | None = None
     step: int = 0
     heldout_loss: float | None = None
@@ -63,6 +64,8 @@ def transition(trial: Trial, event: Event, settings: SchedulerConfig, now: float
             tokens=event.tokens,
             group=trial.group if event.kind == "progressed" else None,
         )
+    if event.kind == "returned":
+        return dataclasses.replace(trial, state="PENDING", group=None)
     told = dataclasses.replace(trial, group=None, cause=event.cause, message=event.message)
     if event.kind == "lost":
         losses = trial.losses + 1

@@ -88,7 +88,9 @@ class SelfRewriter:
         seen_BT = torch.ones(rows, begin + width, dtype=torch.long, device=device)
         for row, pad in enumerate(pads):
             seen_BT[row, begin : begin + pad] = 0
-        positions_BT = (begin + torch.arange(width, device=device) - torch.tensor(pads, device=device)[:, None]).clamp(0)
+        positions_BT = (begin + torch.arange(width, device=device) - torch.tensor(pads, device=device)[:, None]).clamp(
+            0
+        )
         out: list[Tensor] = []
         going_B = torch.ones(rows, dtype=torch.bool, device=device)
         for step in range(draws_BT.shape[1]):
@@ -195,7 +197,9 @@ class OpenAiRewriter:
 
         budget = self._settings.token_budget
         if budget is not None and self._tokens >= budget:
-            raise PersonaError("token_budget", f"{self._tokens} tokens paid for, synthesis.rewrite.token_budget is {budget}")
+            raise PersonaError(
+                "token_budget", f"{self._tokens} tokens paid for, synthesis.rewrite.token_budget is {budget}"
+            )
         template = self.config.prompt.rewrite
         if self._settings.with_original and question.answer:
             template = self.config.prompt.rewrite_with_reference.replace("{answer}", question.answer)
@@ -214,7 +218,9 @@ class OpenAiRewriter:
                 )
         except TimeoutError:
             seconds = self._settings.deadline_seconds
-            raise PersonaError("rewrite_deadline", f"no answer within {seconds:g} s (rewrite.deadline_seconds)") from None
+            raise PersonaError(
+                "rewrite_deadline", f"no answer within {seconds:g} s (rewrite.deadline_seconds)"
+            ) from None
         except openai.APIStatusError as error:
             what = {401: "the key is refused; check OPENAI_API_KEY", 403: "the key has no permission"}.get(
                 error.status_code, f"HTTP {error.status_code}: {str(error.message).splitlines()[0][:160]}"
@@ -225,7 +231,14 @@ class OpenAiRewriter:
         return Answer((choice.message.content or "").strip(), choice.finish_reason != "length")
 
     def _name(self, persona: Persona, question: Question, sample: int) -> str:
-        asked = (persona.sha256, question.id, sample, self.model, self._settings.temperature, self._settings.with_original)
+        asked = (
+            persona.sha256,
+            question.id,
+            sample,
+            self.model,
+            self._settings.temperature,
+            self._settings.with_original,
+        )
         return hashlib.sha256(repr((asked, self.config.prompt)).encode()).hexdigest()[:24]
 
     def _stored(self, persona: Persona) -> dict[str, Answer]:

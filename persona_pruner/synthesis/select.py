@@ -24,7 +24,9 @@ def select_questions(
     """
     scores = scores_Q.tolist()
     if config.method == "random":
-        order = sorted(range(len(questions)), key=lambda i: hashlib.sha256(f"{seed}{questions[i].id}".encode()).digest())
+        order = sorted(
+            range(len(questions)), key=lambda i: hashlib.sha256(f"{seed}{questions[i].id}".encode()).digest()
+        )
     else:
         order = sorted(range(len(questions)), key=lambda i: (-scores[i], questions[i].id))
     floor = {

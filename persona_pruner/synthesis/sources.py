@@ -81,7 +81,9 @@ def _read(source: SourceConfig) -> list[Question]:
             )
         whole = f"{text.strip()}\n{extra.strip()}" if isinstance(extra, str) and extra.strip() else text.strip()
         if len(whole) > MAX_CHARACTERS:
-            raise SourceError(f"{where}, row {number}: {len(whole):,} characters, at most {MAX_CHARACTERS:,} are allowed")
+            raise SourceError(
+                f"{where}, row {number}: {len(whole):,} characters, at most {MAX_CHARACTERS:,} are allowed"
+            )
         questions.append(Question(question_id(whole), whole, answer))
     if not questions:
         raise SourceError(f"{where}: has no rows")

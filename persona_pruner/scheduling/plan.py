@@ -1,0 +1,170 @@
+"""What a submission would do: done, to train, to synthesize, and about what it costs. Starts and writes nothing."""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persona_pruner import layout
+from persona_pruner.backbone.load import fingerprint, resolve
+from persona_pruner.catalog import build_catalog
+from persona_pruner.config import RunConfig
+from persona_pruner.errors import ConfigError, MaskError
+from persona_pruner.manifest import Manifest, Persona
+from persona_pruner.storage import NotFoundError, Storage
+from persona_pruner.synthesis.records import is_current
+
+CHARACTERS_A_TOKEN = 4
+ROW_TOKENS = 80
+"""Question and answer of a typical row, for estimates before any data are there."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes two runs the same: settings that decide masks, and the backbone's content."""
+
+    config: RunConfig
+    backbone: str
+    fingerprint: str
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        return hashlib.sha256(f"{self.config.digest()}{self.fingerprint}".encode()).hexdigest()[:16]
+
+    def document(self) -> dict[str, Any]:
+        """run.json."""
+        return {
+            "format": 1,
+            "run_id": self.run_id,
+            "backbone": {"name": self.backbone, "fingerprint": self.fingerprint},
+            "settings": self.config.identity(),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    done: tuple[Persona, ...]
+    to_train: tuple[Persona, ...]
+    """Their data are there."""
+    to_synthesize: tuple[Persona, ...]
+    failed_before: tuple[str, ...]
+    """Have an error from an earlier submission; they are tried again."""
+    tokens: int
+    flop: float
+    bytes: int
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "done": len(self.done),
+            "to_train": len(self.to_train),
+            "to_synthesize": len(self.to_synthesize),
+            "failed_before": list(self.failed_before),
+            "tokens": self.tokens,
+            "flop": self.flop,
+            "bytes": self.bytes,
+        }
+
+
+def identify(config: RunConfig) -> Identity:
+    """Raises BackboneError where there is no usable backbone."""
+    path = resolve(config.backbone)
+    return Identity(config, path.name, fingerprint(path), path)
+
+
+def check_run(storage: Storage, identity: Identity) -> None:
+    """Raise ConfigError where the output was made with other settings or another backbone; name what differs."""
+    try:
+        there = json.loads(storage.get(layout.RUN))
+    except NotFoundError:
+        return
+    if there["run_id"] == identity.run_id:
+        return
+    here = identity.document()
+    differences = [
+        f"{name} is {_show(old)} there and {_show(new)} here"
+        for name, old, new in _differences(there["settings"], here["settings"])
+    ]
+    if there["backbone"]["fingerprint"] != identity.fingerprint:
+        differences.append(
+            f"the backbone is {there['backbone']['name']} {there['backbone']['fingerprint'][:12]} there and "
+            f"{identity.backbone} {identity.fingerprint[:12]} here"
+        )
+    raise ConfigError(
+        f"{storage.url}: was made with another configuration: {'; '.join(differences[:5])}; "
+        "use the same settings or another output"
+    )
+
+
+def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
+    """Look at the output and say what is left."""
+    masked = {}
+    try:
+        for row in build_catalog(storage).select(["persona_id", "persona_sha256", "run_id"]).to_pylist():
+            masked[row["persona_id"]] = (row["persona_sha256"], row["run_id"])
+    except MaskError:
+        masked = _verified_one_by_one(storage)
+    data = {layout.persona_of(item.key, layout.SYNTHESIS) for item in storage.list(layout.SYNTHESIS)}
+    errors = {layout.persona_of(item.key, layout.ERRORS) for item in storage.list(layout.ERRORS)}
+    done, train, synthesize = [], [], []
+    for persona in manifest.personas:
+        if masked.get(persona.id) == (persona.sha256, identity.run_id):
+            done.append(persona)
+        elif persona.id in data and is_current(storage, persona):
+            train.append(persona)
+        else:
+            synthesize.append(persona)
+    left = {p.id for p in (*train, *synthesize)}
+    tokens, flop, size = _estimate(identity, train, synthesize)
+    failed = tuple(sorted(errors & left))
+    return Plan(tuple(done), tuple(train), tuple(synthesize), failed, tokens, flop, size)
+
+
+def _verified_one_by_one(storage: Storage) -> dict[str, tuple[str, str]]:
+    """Masks that verify, where some do not: those are made again."""
+    from persona_pruner.catalog import mask_objects
+    from persona_pruner.mask import Mask
+
+    found = {}
+    for item in mask_objects(storage):
+        persona_id = layout.persona_of(item.key, layout.MASKS)
+        try:
+            mask = Mask.from_bytes(storage.get(item.key), item.key)
+            mask.check(item.key, persona_id=persona_id)
+        except MaskError:
+            continue
+        found[persona_id] = (mask.metadata.persona_sha256, mask.metadata.run_id)
+    return found
+
+
+def _estimate(identity: Identity, train: list[Persona], synthesize: list[Persona]) -> tuple[int, float, int]:
+    """(tokens, FLOP, bytes of masks): 2 FLOP a parameter and token forward, 4 with the gradient of the mask."""
+    config = identity.config
+    shape = json.loads((identity.path / "config.json").read_text())
+    shape = shape.get("text_config", shape)
+    layers, width = shape["num_hidden_layers"], shape["hidden_size"]
+    channels = shape.get("intermediate_size") or shape.get("ffn_dim") or 4 * width
+    parameters = sum(f.stat().st_size for f in identity.path.glob("*.safetensors")) // 2
+    rows, selected = config.learning.rows_per_step, config.synthesis.select.k
+    prompts = {
+        p.id: (len(p.description) + len(config.prompt.system)) // CHARACTERS_A_TOKEN for p in (*train, *synthesize)
+    }
+    training = sum(config.learning.steps * (prompts[p.id] + rows * ROW_TOKENS) for p in (*train, *synthesize))
+    questions = config.synthesis.max_questions or 1000
+    scoring = sum(prompts[p.id] + (questions + selected) * ROW_TOKENS // 2 for p in synthesize)
+    flop = parameters * (4.0 * training + 2.0 * scoring)
+    return training + scoring, flop, (len(train) + len(synthesize)) * (layers * math.ceil(channels / 8) + 1500)
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
+    return [] if old == new else [(name, old, new)]
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
