@@ -165,19 +165,14 @@ def test_auto_takes_the_largest_ratio_within_the_tolerance(tmp_path):
     assert resumed.mask.to_bytes() == generous.mask.to_bytes()
 
 
-def test_halving_keeps_a_useful_rate_and_ends_with_one_mask(tmp_path):
+def test_halving_drops_what_learns_nothing_and_ends_with_one_mask(tmp_path):
     backbone = tiny(tmp_path)
-    start = {"init": "zeros", "steps": 30, "objective": {"cross_entropy": 1.0, "distillation": 0.0}}
-    learning = {**start, "halving": {"learning_rates": [1e-9, 0.03, 1e-8, 1e-7], "rung_steps": 5}}
+    start = {"steps": 30, "objective": {"cross_entropy": 1.0, "distillation": 0.0}}
+    learning = {**start, "halving": {"learning_rates": [1e-9, 0.03, 1e-8], "rung_steps": 8}}
     (halved,), _ = learn(backbone, [persona_data("Ann")], learning=learning)
-    others = [rate for rate in (1e-9, 1e-8, 1e-7)]
-    masks = [
-        learn(backbone, [persona_data("Ann")], learning={**start, "learning_rate": rate})[0][0].mask
-        for rate in (0.03, *others)
-    ]
-    assert halved.mask.metadata.loss_masked < min(mask.metadata.loss_masked for mask in masks[1:]) + 1e-6
-    assert any(torch.equal(halved.mask.keep_LI, mask.keep_LI) for mask in masks)
-    _, kept = learn(backbone, [persona_data("Ann")], learning=learning, should_stop=Stop(8))
+    (useful,), _ = learn(backbone, [persona_data("Ann")], learning={**start, "learning_rate": 0.03})
+    assert torch.equal(halved.mask.keep_LI, useful.mask.keep_LI)
+    _, kept = learn(backbone, [persona_data("Ann")], learning=learning, should_stop=Stop(11))
     (resumed,), _ = learn(backbone, [persona_data("Ann")], learning=learning, restore=kept)
     assert resumed.mask.to_bytes() == halved.mask.to_bytes()
 

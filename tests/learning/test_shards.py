@@ -1,0 +1,92 @@
+"""Two real processes, each with half of the backbone (DeepSpeed ZeRO-3 over gloo), against one."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import persona_data, save_tiny, tiny_config
+
+from persona_pruner.backbone.load import World, load_backbone
+from persona_pruner.learning.trainer import MaskTrainer
+
+NAMES = ["Ann", "Barbara"]
+
+
+def _rank(path: str, rank: int, size: int, port: int, queue: Any, die_at: int) -> None:
+    torch.set_num_threads(1)
+    try:
+        queue.put((rank, *_learn(path, World(rank, size, f"127.0.0.1:{port}", timeout_seconds=60), die_at)))
+    except Exception as error:
+        queue.put((rank, "error", repr(error)))
+
+
+def _learn(path: str, world: World, die_at: int) -> tuple[int, Any, Any]:
+    from persona_pruner.evaluation.losses import heldout_loss
+
+    config = tiny_config(path, steps=15, rows_per_step=5, keep_scores=True)
+    backbone = load_backbone(config.backbone, world)
+    held = sum(getattr(p, "ds_tensor", p).numel() for p in backbone.model.parameters())
+    data = [persona_data(name) for name in NAMES]
+    if die_at and world.rank == 1:
+        config = config.model_copy(update={"learning": config.learning.model_copy(update={"steps": die_at})})
+        MaskTrainer(backbone, config).train(data, run_id="r")
+        os.kill(os.getpid(), signal.SIGKILL)
+    outcomes = MaskTrainer(backbone, config).train(data, run_id="r")
+    loss = heldout_loss(backbone, config, data[0].description, data[0].heldout, None)
+    return held, [o.mask and (o.mask.keep_LI.numpy(), o.mask.scores_LI.numpy()) for o in outcomes], loss
+
+
+def _world(path: Any, size: int, die_at: int = 0) -> tuple[list[Any], Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn = multiprocessing.get_context("spawn")
+    queue = spawn.Queue()
+    ranks = [spawn.Process(target=_rank, args=(str(path), r, size, port, queue, die_at)) for r in range(size)]
+    for process in ranks:
+        process.start()
+    return ranks, queue
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = save_tiny(tmp_path_factory.mktemp("tiny"))
+    found = {}
+    for size in (1, 2):
+        ranks, queue = _world(path, size)
+        found[size] = sorted([queue.get(timeout=150) for _ in range(size)], key=lambda answer: answer[0])
+        for process in ranks:
+            process.join(30)
+    return found
+
+
+def test_each_shard_holds_half_of_the_parameters(results):
+    whole = results[1][0][1]
+    assert [answer[1] for answer in results[2]] == [pytest.approx(whole / 2, rel=0.02)] * 2
+
+
+def test_two_shards_learn_the_mask_of_one_and_rank_0_alone_has_it(results):
+    assert results[2][1][2] == [None, None]
+    for (one, one_scores), (two, two_scores) in zip(results[1][0][2], results[2][0][2], strict=True):
+        assert (one == two).mean() >= 0.999
+        assert abs(one_scores.astype(float) - two_scores).max() < 2e-3
+
+
+def test_the_heldout_loss_is_the_same_on_every_rank(results):
+    losses = [answer[3] for answer in results[2]]
+    assert losses[0] == losses[1] == pytest.approx(results[1][0][3], rel=1e-5)
+
+
+def test_a_killed_shard_is_an_error_of_the_other_within_30_seconds(tmp_path):
+    ranks, queue = _world(save_tiny(tmp_path), 2, die_at=3)
+    ranks[1].join(120)
+    died = time.monotonic()
+    answer = queue.get(timeout=30)
+    assert time.monotonic() - died < 30
+    assert answer[:2] == (0, "error")
+    ranks[0].kill()
