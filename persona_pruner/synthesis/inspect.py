@@ -1,0 +1,52 @@
+"""What one persona is asked and how it answers, for a reader at a terminal."""
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from persona_pruner.errors import PersonaError, UserError
+from persona_pruner.storage import Storage
+from persona_pruner.synthesis.records import read_table
+
+
+def inspect_persona(storage: Storage, persona_id: str, count: int = 5) -> dict[str, Any]:
+    """Most and least sensitive of the selected questions, and answers before and after. Raises UserError."""
+    try:
+        rows = read_table(storage, persona_id).to_pylist()
+    except PersonaError as error:
+        raise UserError(str(error)) from None
+    ordered = sorted(rows, key=lambda row: -row["score"])
+    outcomes: dict[str, int] = {}
+    for row in rows:
+        outcomes[row["filter"]] = outcomes.get(row["filter"], 0) + 1
+    shown = [{key: row[key] for key in ("question", "score")} for row in ordered]
+    return {
+        "persona_id": persona_id,
+        "rows": len(rows),
+        "train": sum(row["split"] == "train" and row["filter"] == "ok" for row in rows),
+        "heldout": sum(row["split"] == "heldout" and row["filter"] == "ok" for row in rows),
+        "outcomes": dict(sorted(outcomes.items())),
+        "most_sensitive": shown[:count],
+        "least_sensitive": shown[-count:],
+        "answers": [
+            {key: row[key] for key in ("question", "original_answer", "answer", "filter")} for row in ordered[:count]
+        ],
+    }
+
+
+def render(found: dict[str, Any]) -> Group:
+    outcomes = ", ".join(f"{name} {count}" for name, count in found["outcomes"].items())
+    scores = Table(title=f"{found['persona_id']}: {found['rows']} rows ({outcomes})", title_justify="left")
+    scores.add_column("score", justify="right")
+    scores.add_column("question")
+    for part in ("most_sensitive", "least_sensitive"):
+        for row in found[part]:
+            scores.add_row(f"{row['score']:.4f}", row["question"])
+        scores.add_section()
+    answers = Table(title="before and after", title_justify="left")
+    for name in ("question", "original answer", "answer in its voice"):
+        answers.add_column(name)
+    for row in found["answers"]:
+        answers.add_row(row["question"], row["original_answer"] or "", row["answer"])
+    return Group(scores, answers)
