@@ -129,7 +129,8 @@ class Runner:
         """Logits [N, V] of final hidden states, as the model's own forward gives them."""
         config = self.model.config
         out = self.backbone.enter(lambda: self.model.get_output_embeddings()(hidden_ND))
-        out = out * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        out = out if scale == 1 else out * scale
         cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(out / cap) * cap if cap else out
 

@@ -159,9 +159,8 @@ def _head(
             total_N = objective.cross_entropy * cross_N + objective.distillation * diverged_N
             losses.total.index_add_(0, slot_N, total_N * weight_N)
         if gradient:
-            (grad_ND[piece],) = torch.autograd.grad(
-                logits_NV, leaf, pull_NV.mul_(weight_N[:, None]).to(logits_NV.dtype)
-            )
+            logits_NV.backward(pull_NV.mul_(weight_N[:, None]).to(logits_NV.dtype))
+            grad_ND[piece] = leaf.grad
     return grad_ND
 
 

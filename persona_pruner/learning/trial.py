@@ -1,4 +1,4 @@
-"""One mask in training: scores, Adam's moments, how far it is. Everything that a checkpoint must hold.
+"""One mask in training: scores, moments of its gradient, how far it is. Everything that a checkpoint must hold.
 
 Shapes: L layers, I channels.
 """
@@ -37,7 +37,7 @@ class Trial:
     accepted_LI: Tensor | None = None
     """Scores of the last ratio that `auto` found good enough."""
     first_LI: Tensor = field(init=False, repr=False)
-    second_LI: Tensor = field(init=False, repr=False)
+    second_L1: Tensor = field(init=False, repr=False)
     stopper: Stopper = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -46,7 +46,8 @@ class Trial:
     def reset(self) -> None:
         """From step 0 with these scores."""
         self.step, self.heldout = 0, None
-        self.first_LI, self.second_LI = torch.zeros_like(self.scores_LI), torch.zeros_like(self.scores_LI)
+        self.first_LI = torch.zeros_like(self.scores_LI)
+        self.second_L1 = torch.zeros_like(self.scores_LI[:, :1])
         self.stopper = Stopper(self.config.stoppers)
 
     @property
@@ -64,8 +65,10 @@ class Trial:
         return relaxed_mask(leaf, self.kept, self.config.estimator, self.config.temperature, noise), leaf
 
     def update(self, grad_LI: Tensor) -> None:
-        """One step of Adam (Kingma and Ba 2015; betas 0.9 and 0.999) on the clipped gradient.
+        """One step on the clipped gradient: Adam with one second moment a layer, as Adam-mini (arXiv 2406.16793).
 
+        A second moment of each channel would give channels that do not matter steps as long as those that do, and
+        noise decides at the threshold. Betas 0.9 and 0.99.
         Raises PersonaError (not_finite) and leaves everything as it was where gradient or scores are not finite.
         """
         norm = grad_LI.norm()
@@ -74,9 +77,9 @@ class Trial:
         grad_LI = grad_LI * (self.config.grad_clip / norm.clamp_min(self.config.grad_clip))
         count = self.step + 1
         self.first_LI.lerp_(grad_LI, 0.1)
-        self.second_LI.lerp_(grad_LI.square(), 0.001)
-        scale = (self.second_LI / (1 - 0.999**count)).sqrt_().add_(1e-12)
-        self.scores_LI = self.scores_LI - self._rate() / (1 - 0.9**count) * self.first_LI / scale
+        self.second_L1.lerp_(grad_LI.square().mean(1, keepdim=True), 0.01)
+        scale_L1 = (self.second_L1 / (1 - 0.99**count)).sqrt_().add_(1e-12)
+        self.scores_LI = self.scores_LI - self._rate() / (1 - 0.9**count) * self.first_LI / scale_L1
         self.step = count
 
     def _rate(self) -> float:
@@ -93,7 +96,7 @@ def to_bytes(trials: list[Trial], data_sha256: str) -> bytes:
     tensors: dict[str, Tensor] = {}
     numbers = []
     for index, trial in enumerate(trials):
-        own = {"scores": trial.scores_LI, "first": trial.first_LI, "second": trial.second_LI}
+        own = {"scores": trial.scores_LI, "first": trial.first_LI, "second": trial.second_L1}
         own |= {} if trial.accepted_LI is None else {"accepted": trial.accepted_LI}
         own |= {} if trial.stopper.last_LI is None else {"last": trial.stopper.last_LI}
         tensors |= {f"{index}.{name}": tensor.cpu().contiguous() for name, tensor in own.items()}
@@ -116,7 +119,7 @@ def from_bytes(data: bytes, config: LearningConfig, data_sha256: str, device: to
             trial = Trial(config=config, scores_LI=tensors[f"{index}.scores"], **{n: values[n] for n in made})
             for name in set(values) - set(made):
                 setattr(trial, name, values[name])
-            trial.first_LI, trial.second_LI = tensors[f"{index}.first"], tensors[f"{index}.second"]
+            trial.first_LI, trial.second_L1 = tensors[f"{index}.first"], tensors[f"{index}.second"]
             trial.accepted_LI = tensors.get(f"{index}.accepted")
             trial.stopper.best, trial.stopper.stale = best, stale
             trial.stopper.last_LI = tensors.get(f"{index}.last")
