@@ -192,7 +192,8 @@ class ObjectiveConfig(Section):
     distillation: NonNegative = 1.0
     """Weight of KL(unpruned || masked) on answer tokens, under the same persona."""
     top_logits: Count | None = None
-    """Keep only this many of the unpruned model's logits a token as targets (the rest as one bucket); null keeps all."""
+    """Keep only this many of the unpruned model's logits a token as targets (the rest as one bucket); null keeps
+    all."""
     logits_chunk: Count = 1024
     """Answer positions whose logits exist at once (memory: chunk x vocabulary)."""
 

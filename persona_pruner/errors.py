@@ -2,7 +2,8 @@
 
 `exit_code` is what the command line and the job exit with:
 0 done, 2 bad input (nothing was started or written), 3 some personas failed (the rest are masked),
-4 the output cannot be used (storage failed, another job works there), 75 stopped before the end (submit again to go on).
+4 the output cannot be used (storage failed, another job works there), 75 stopped before the end (submit
+again to go on).
 """
 
 from collections.abc import Sequence

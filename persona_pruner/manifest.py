@@ -1,5 +1,6 @@
 """The persona rows of a run: JSON Lines, CSV or Parquet, local or s3://. All faults of a file are told in one go."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -124,11 +125,9 @@ def _csv_rows(url: str, text: str, faults: list[str]) -> Iterable[tuple[int, dic
                 continue
             values: dict[str, Any] = {name: value for name, value in row.items() if value not in (None, "")}
             for name, read in (("priority", int), ("metadata", json.loads)):
-                if name in values:
-                    try:
+                with contextlib.suppress(ValueError):
+                    if name in values:
                         values[name] = read(values[name])
-                    except ValueError:
-                        pass
             yield reader.line_num, values
     except csv.Error as error:
         faults.append(f"{url}:{reader.line_num}: broken CSV: {error}")

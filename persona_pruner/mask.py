@@ -8,7 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ class Mask:
         """int64 [L, K], ascending in each row."""
         return torch.stack([row.nonzero().flatten() for row in self.keep_LI])
 
-    def save_keep_indices(self, path: str | Path) -> None:
+    def save_keep_indices(self, path: str | Path | BinaryIO) -> None:
         """Write the index file that the published exporter of Persona-Pruner reads."""
         torch.save(self.keep_indices(), path)
 

@@ -21,6 +21,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random
 from persona_pruner.config import StorageConfig
 from persona_pruner.errors import StorageError
 
+DEFAULTS = StorageConfig()
 T = TypeVar("T")
 MULTIPART_BYTES = 64 * 2**20
 PROBE_SECONDS = 8.0
@@ -70,7 +71,7 @@ class Storage(Protocol):
         """Raise StorageError within seconds if this place cannot be read and written. Leaves nothing behind."""
 
 
-def open_storage(url: str | Path, config: StorageConfig = StorageConfig()) -> Storage:
+def open_storage(url: str | Path, config: StorageConfig = DEFAULTS) -> Storage:
     """Storage below s3://bucket/prefix or a local directory (made with the first object)."""
     text = str(url)
     if text.startswith("s3://"):
@@ -83,7 +84,7 @@ def open_storage(url: str | Path, config: StorageConfig = StorageConfig()) -> St
     return LocalStorage(Path(text).absolute(), config)
 
 
-def read_url(url: str, config: StorageConfig = StorageConfig()) -> bytes:
+def read_url(url: str, config: StorageConfig = DEFAULTS) -> bytes:
     """A local file or an s3:// object. Raises NotFoundError, StorageError."""
     if url.startswith("s3://"):
         parent, _, name = url.rpartition("/")
@@ -416,20 +417,15 @@ class S3Storage:
         return True
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        token: dict[str, str] = {}
+        arguments = {"Bucket": self.bucket, "Prefix": self.prefix + prefix}
         while True:
-            page = self._call(
-                prefix,
-                lambda client, token=token: client.list_objects_v2(
-                    Bucket=self.bucket, Prefix=self.prefix + prefix, **token
-                ),
-            )
+            page = self._call(prefix, lambda client: client.list_objects_v2(**arguments))
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(self.prefix)
                 yield ObjectInfo(key, item["Size"], item["LastModified"].timestamp())
             if not page.get("IsTruncated"):
                 return
-            token = {"ContinuationToken": page["NextContinuationToken"]}
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
 
     def delete(self, key: str) -> None:
         name = self._name(key)
@@ -444,9 +440,5 @@ class S3Storage:
     def share(self, key: str, seconds: int) -> str:
         """A presigned link that reads `key` without credentials for so long."""
         name = self._name(key)
-        return self._call(
-            key,
-            lambda client: client.generate_presigned_url(
-                "get_object", Params={"Bucket": self.bucket, "Key": name}, ExpiresIn=seconds
-            ),
-        )
+        target = {"Bucket": self.bucket, "Key": name}
+        return str(self.client.generate_presigned_url("get_object", Params=target, ExpiresIn=seconds))

@@ -1,7 +1,7 @@
 """Masks for whoever deploys them: load, pull, verify and share what a run has written.
 
-    from persona_pruner import MaskStore
-    MaskStore("s3://bucket/run").load("alice").apply(model)
+from persona_pruner import MaskStore
+MaskStore("s3://bucket/run").load("alice").apply(model)
 """
 
 import re

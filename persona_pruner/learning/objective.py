@@ -160,6 +160,7 @@ def _head(
             losses.total.index_add_(0, slot_N, total_N * weight_N)
         if gradient:
             logits_NV.backward(pull_NV.mul_(weight_N[:, None]).to(logits_NV.dtype))
+            assert leaf.grad is not None
             grad_ND[piece] = leaf.grad
     return grad_ND
 

@@ -33,6 +33,10 @@ class Stop:
         budget = config.scheduler.time_budget_seconds
         self._deadline = None if budget is None else time.monotonic() + budget
         self.reason = ""
+        self.listen()
+
+    def listen(self) -> None:
+        """Take the signals over; ray.init installs handlers of its own, so again after it."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)
@@ -125,6 +129,7 @@ class _Job:
             self.console.print("nothing to do: every mask is there", highlight=False)
             return self._finish({}, evaluation)
         start_ray(self.config)
+        self.stop.listen()
         from persona_pruner.scheduling.progress import Watcher
         from persona_pruner.scheduling.scheduler import Scheduler
         from persona_pruner.scheduling.shard_group import GroupPool
@@ -263,6 +268,7 @@ def start_ray(config: RunConfig) -> None:
         return
     # A cluster of one process has nobody to keep out, and should not leave a token file behind.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     groups, actors = config.groups, config.synthesis.actors
     needed = groups.min * groups.shards * groups.num_cpus + actors.min * actors.num_cpus + 0.25
     cpus = max(os.cpu_count() or 1, int(-(-needed // 1)))

@@ -54,7 +54,7 @@ class Scheduler:
         self._next_poll = 0.0
 
     def states(self) -> Counter[str]:
-        counts = Counter(trial.state for trial in self.trials.values())
+        counts: Counter[str] = Counter(trial.state for trial in self.trials.values())
         counts["PENDING"] += self.expected
         return counts
 

@@ -4,180 +4,23 @@ A group is one placement group with `groups.shards` actors, one DeepSpeed world.
 it. The pool never blocks: everything that a group does is a Ray reference, and `poll` tells what has happened.
 """
 
-import os
-import socket
-import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
-import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from persona_pruner import layout
-from persona_pruner.backbone.load import World, load_backbone
 from persona_pruner.config import RunConfig
-from persona_pruner.errors import MaskError, PersonaError, StorageError, UserError
-from persona_pruner.evaluation import table
-from persona_pruner.learning.data import PersonaData
-from persona_pruner.learning.global_mask import train_global
-from persona_pruner.learning.outcome import Progress
-from persona_pruner.learning.trainer import MaskTrainer
-from persona_pruner.manifest import Persona
-from persona_pruner.mask import Mask, metadata_of
-from persona_pruner.storage import NotFoundError, Storage, open_storage
-from persona_pruner.synthesis.records import read_persona_data
+from persona_pruner.errors import UserError
+from persona_pruner.scheduling.shard_actor import RemoteShard
 
 QUEUE_DEPTH = 2
 """Calls that wait at a group, so that it is never idle between two personas."""
 MAX_FAILED_STARTS = 3
-
-
-@ray.remote(concurrency_groups={"control": 2}, max_restarts=0)
-class ShardActor:
-    """One shard of the backbone, and the work of its group. `control` methods answer while it trains."""
-
-    def __init__(self, config: RunConfig, output: str, run_id: str) -> None:
-        self.config, self.run_id = config, run_id
-        self.storage = open_storage(output, config.storage)
-        self._stop = threading.Event()
-        self._progress: dict[str, Progress] = {}
-
-    def address(self) -> str:
-        """host:port at which rank 0 will listen."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
-
-    def start(self, rank: int, size: int, address: str) -> dict[str, Any]:
-        """Load this rank's shard. Returns pid, node, device and the share of parameters held here."""
-        groups = self.config.groups
-        torch.set_num_threads(groups.cpu_threads)
-        self.backbone = load_backbone(self.config.backbone, World(rank, size, address, groups.timeout_seconds))
-        self.trainer = MaskTrainer(self.backbone, self.config)
-        return {"pid": os.getpid(), "node": socket.gethostname(), "device": str(self.backbone.device)}
-
-    def train(self, personas: Sequence[Persona]) -> list[dict[str, Any]]:
-        """Train personas together and commit their masks. One plain result for each, in order."""
-        results: dict[str, dict[str, Any]] = {}
-        data, restore = [], {}
-        for persona in personas:
-            try:
-                data.append(read_persona_data(self.storage, persona))
-                restore |= self._checkpoint_of(persona)
-            except PersonaError as error:
-                results[persona.id] = _failure(persona.id, error)
-        try:
-            outcomes = self._train(data, restore)
-        except StorageError as error:
-            if self.config.groups.shards > 1:
-                raise  # the other ranks wait for this one: only a new group helps
-            failure = PersonaError("storage", str(error))
-            return [results.get(p.id) or _failure(p.id, failure) for p in personas]
-        return [results.get(p.id) or outcomes[p.id] for p in personas]
-
-    def _train(self, data: Sequence[PersonaData], restore: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-        results: dict[str, dict[str, Any]] = {}
-        outcomes = self.trainer.train(
-            data,
-            run_id=self.run_id,
-            restore=restore,
-            checkpoint=lambda persona_id, state: self.storage.put(layout.checkpoint(persona_id), state),
-            should_stop=self._stop.is_set,
-            progress=self._note,
-            warm_scores=self._warm_scores([each.persona_id for each in data]),
-        )
-        for persona, outcome in zip(data, outcomes, strict=True):
-            self._progress.pop(persona.persona_id, None)
-            if isinstance(outcome, tuple):
-                results[persona.persona_id] = _failure(*outcome)
-                continue
-            if outcome.mask is not None:
-                commit_mask(self.storage, outcome.mask)
-            results[persona.persona_id] = {
-                "id": persona.persona_id,
-                "status": outcome.status,
-                "step": outcome.steps,
-                "seconds": outcome.seconds,
-                "tokens": outcome.tokens,
-                "reason": outcome.reason,
-                "heldout_loss": outcome.mask.metadata.loss_masked if outcome.mask else None,
-            }
-        return results
-
-    def train_global(self, request: tuple[Sequence[Persona], float]) -> bytes | None:
-        """The one mask for all personas that the evaluation compares with; None on other ranks than 0."""
-        personas, ratio = request
-        data = [read_persona_data(self.storage, persona) for persona in personas]
-        mask = train_global(self.trainer, data, ratio, self.run_id)
-        return None if mask is None else mask.to_bytes()
-
-    def evaluate(self, task: Any) -> dict[str, dict[str, float]]:
-        return table.evaluate_persona(self.backbone, self.config, task)
-
-    @ray.method(concurrency_group="control")
-    def stop(self) -> None:
-        """Checkpoint and come back from `train`, now and at every later call."""
-        self._stop.set()
-
-    @ray.method(concurrency_group="control")
-    def progress(self) -> list[Progress]:
-        return list(self._progress.values())
-
-    def _note(self, progress: Progress) -> None:
-        self._progress[progress.persona_id] = progress
-
-    def _checkpoint_of(self, persona: Persona) -> dict[str, bytes]:
-        try:
-            return {persona.id: self.storage.get(layout.checkpoint(persona.id))}
-        except NotFoundError:
-            return {}
-
-    def _warm_scores(self, persona_ids: Sequence[str]) -> dict[str, torch.Tensor]:
-        """For the inits persona:<id> and mean:<id>,<id>: the mean of those masks' scores, for every persona."""
-        kind, _, names = self.config.learning.init.partition(":")
-        if kind not in ("persona", "mean"):
-            return {}
-        scores = []
-        for name in names.split(","):
-            key = layout.mask(name.strip())
-            found = Mask.from_bytes(self.storage.get(key), f"{self.storage.url}/{key}").scores_LI
-            if found is None:
-                raise MaskError(f"{self.storage.url}/{key}: holds no scores; make it with learning.keep_scores: true")
-            scores.append(found.float())
-        return dict.fromkeys(persona_ids, torch.stack(scores).mean(0))
-
-
-def _failure(persona_id: str, error: PersonaError) -> dict[str, Any]:
-    return {"id": persona_id, "status": "failed", "cause": error.cause, "message": str(error)}
-
-
-def commit_mask(storage: Storage, mask: Mask) -> None:
-    """Store a mask, read it back and verify it; then its checkpoint is gone. A stale mask in its place is replaced."""
-    key = layout.mask(mask.metadata.persona_id)
-    data = mask.to_bytes()
-    if not storage.put_if_absent(key, data) and storage.get(key) != data:
-        storage.put(key, data)
-    stored = storage.get(key)
-    if stored != data:
-        Mask.from_bytes(stored, f"{storage.url}/{key}")
-        raise MaskError(f"{storage.url}/{key}: holds another mask than the one just written")
-    storage.delete(layout.checkpoint(mask.metadata.persona_id))
-
-
-def is_done(storage: Storage, persona: Persona, run_id: str) -> bool:
-    """Whether the stored mask is of this description and run."""
-    key = layout.mask(persona.id)
-    try:
-        metadata = metadata_of(storage.get(key), f"{storage.url}/{key}")
-    except (NotFoundError, MaskError):
-        return False
-    return (metadata.persona_sha256, metadata.run_id) == (persona.sha256, run_id)
 
 
 @dataclass
@@ -353,7 +196,7 @@ class GroupPool:
     def _make_actors(self, group: Group) -> None:
         settings = self.config.groups
         group.actors = [
-            ShardActor.options(
+            RemoteShard.options(
                 num_cpus=settings.num_cpus,
                 num_gpus=settings.num_gpus,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group.placement, index),

@@ -5,6 +5,7 @@ tile is run again. Only what was selected leaves the scoring actor; only ids and
 """
 
 import json
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,8 +52,8 @@ def synthesize(
 ) -> Iterator[SynthesisResult]:
     """Synthesize the personas in `todo`; yields each as soon as its data are committed, or it failed.
 
-    `personas` is the whole manifest: it decides tiles and references. Raises SourceError, ManifestError and RewriteError
-    before anything starts where the input is bad.
+    `personas` is the whole manifest: it decides tiles and references. Raises SourceError, ManifestError and
+    RewriteError before anything starts where the input is bad.
     """
     wanted = set(todo)
     if not wanted:
@@ -74,6 +75,7 @@ def synthesize(
 def _run(job: _Job, blocks: list[list[Persona]]) -> Iterator[SynthesisResult]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.target_max_block_size = 1
     rows = [{"personas": json.dumps([[p.id, p.description] for p in block])} for block in blocks]
     actors = job.config.synthesis.actors
@@ -85,8 +87,6 @@ def _run(job: _Job, blocks: list[list[Persona]]) -> Iterator[SynthesisResult]:
         compute=ray.data.ActorPoolStrategy(min_size=min(actors.min, len(rows)), max_size=min(actors.max, len(rows))),
         num_cpus=actors.num_cpus,
         num_gpus=actors.num_gpus,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     if job.config.synthesis.rewrite.backend != "self":
         data = data.map_batches(

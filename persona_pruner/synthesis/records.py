@@ -5,6 +5,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,7 +60,7 @@ def commit(
 
     answers: for each question its samples. Raises PersonaError (few_answers) with the counts.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for question, score, samples in zip(questions, scores, answers, strict=True):
         for number, sample in enumerate(samples):
             verdict = filters.outcome(

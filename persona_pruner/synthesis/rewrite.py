@@ -40,7 +40,7 @@ class Rewriter(Protocol):
 
 
 class SelfRewriter:
-    """Samples from the unpruned backbone. Each row draws from a generator of its own, seeded by persona and question."""
+    """Samples from the unpruned backbone. Each row draws from its own generator, seeded by persona and question."""
 
     def __init__(self, backbone: Backbone, config: RunConfig) -> None:
         self.config = config

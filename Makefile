@@ -1,0 +1,47 @@
+# `make quickstart` and `make test` do all the set-up on a fresh machine: Python 3.11, a C++ compiler and pip.
+
+PYTHON ?= python3
+PERSONAS ?= 8
+OUTPUT ?= runs/quickstart
+# Where pip finds a CPU build of torch when there is no GPU; PyPI's own build brings several GB of CUDA.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+READY := .venv/ready
+export RAY_AUTH_MODE ?= disabled
+export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
+
+.PHONY: help quickstart test lint faults bench clean
+.DEFAULT_GOAL := help
+
+help: ## Show these targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	command -v nvidia-smi >/dev/null || \
+	  $(BIN)/pip install --quiet --no-deps --retries 0 --timeout 15 --index-url $(TORCH_CPU_INDEX) torch==$(TORCH) || true
+	$(BIN)/pip install --quiet -c constraints.txt torch -e '.[dev]'
+	touch $@
+
+quickstart: $(READY) ## Masks for the shipped example; PERSONAS=24 takes all
+	$(BIN)/python jobs/prune_personas.py manifests/quickstart/personas.jsonl \
+	  --config manifests/quickstart/run.yaml --output $(OUTPUT) --limit $(PERSONAS)
+
+test: lint ## Linters, types and all tests
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+faults: $(READY) ## Kill, cut and fill everything; prints seconds lost per fault
+	$(BIN)/python tests/cluster/faults.py
+
+bench: $(READY) ## Every benchmark; the last line of each is JSON
+	for benchmark in tests/benchmarks/*.py; do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+
+clean: ## Remove the environment and all runs
+	rm -rf .venv runs
