@@ -73,18 +73,18 @@ def run_job(
     _check(config, storage, identity)
     for warning in manifest.warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False)
+    plan = make_plan(manifest, storage, identity)
+    todo = plan.to_synthesize if synthesis else ()
+    ready = plan.to_train if training else ()
+    if todo:
+        from persona_pruner.synthesis.sources import load_questions
+
+        load_questions(config.synthesis)
     with Lease(storage, config.scheduler.lease_seconds) as lease:
         stop = Stop(config, lease)
         storage.put_if_absent(layout.RUN, json.dumps(identity.document(), indent=1).encode())
         check_run(storage, identity)
-        plan = make_plan(manifest, storage, identity)
         _tell_plan(console, manifest, plan, synthesis)
-        todo = plan.to_synthesize if synthesis else ()
-        ready = plan.to_train if training else ()
-        if todo:
-            from persona_pruner.synthesis.sources import load_questions
-
-            load_questions(config.synthesis)
         job = _Job(config, manifest, output, storage, identity, console, stop)
         return job.run(plan, todo, ready, training)
 

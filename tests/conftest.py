@@ -1,0 +1,19 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Torch's threads fight for the two cores of a test machine; Ray's authentication is tested where a cluster is started.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "manifests" / "quickstart"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "learning")]
+
+
+@pytest.fixture
+def example() -> Path:
+    return EXAMPLE

@@ -1,0 +1,69 @@
+"""Dependencies point one way, and the heavy libraries are imported in few places."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "persona_pruner"
+
+# Lower numbers know nothing of higher ones.
+LEVELS = {
+    "errors": 0, "layout": 0, "config": 1, "storage": 2, "manifest": 3, "mask": 3,
+    "backbone": 4, "catalog": 4, "store": 5, "learning": 5, "synthesis": 6, "evaluation": 7, "scheduling": 8, "cli": 9,
+}  # fmt: skip
+ALLOWED_BELOW = {("mask", "backbone"), ("learning", "evaluation"), ("synthesis", "evaluation")}
+"""Lazy imports for convenience: Mask.apply hooks into a model."""
+ONLY_IN = {
+    "ray": ("scheduling/", "synthesis/pipeline.py"),
+    "deepspeed": ("backbone/load.py",),
+    "boto3": ("storage.py",),
+    "botocore": ("storage.py",),
+}
+
+
+def imports(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(module: str) -> str | None:
+    words = module.split(".")
+    return words[1] if words[0] == "persona_pruner" and len(words) > 1 and words[1] in LEVELS else None
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down(file):
+    own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    used = {part for name in imports(file) if (part := part_of(name)) and part != own}
+    wrong = {part for part in used if LEVELS[part] >= LEVELS[own] and (own, part) not in ALLOWED_BELOW}
+    assert not wrong, f"{file.name} ({own}) must not import {wrong}"
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_heavy_libraries_stay_in_their_files(library):
+    users = {
+        file.relative_to(PACKAGE).as_posix()
+        for file in FILES
+        if any(name.split(".")[0] == library for name in imports(file))
+    }
+    assert users
+    assert {user for user in users if not user.startswith(ONLY_IN[library])} == set()
+
+
+def test_nothing_deserialises_code():
+    for file in [*FILES, *(ROOT / "jobs").glob("*.py")]:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not calls & {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "os.system"}, file

@@ -1,0 +1,133 @@
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from persona_pruner.errors import ManifestError
+from persona_pruner.manifest import read_manifest
+
+GOOD = {"id": "ada", "description": "Ada pilots a ferry."}
+
+
+def write(path, *rows):
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return str(path)
+
+
+def faults(url):
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(url)
+    return str(caught.value).splitlines()
+
+
+def test_reads_the_same_personas_from_every_format(tmp_path):
+    rows = [GOOD | {"priority": 3}, {"id": "bo", "description": 'Bo, a baker: "hot, fresh"\nevery day', "priority": 0}]
+    jsonl = write(tmp_path / "p.jsonl", *rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    csv = write(
+        tmp_path / "p.csv", "id,description,priority", "ada,Ada pilots a ferry.,3", 'bo,"Bo, a baker: ""hot, fresh""',
+        'every day",0',
+    )  # fmt: skip
+    expected = [(p.id, p.description, p.priority) for p in read_manifest(jsonl).personas]
+    assert expected == [("ada", "Ada pilots a ferry.", 3), ("bo", rows[1]["description"], 0)]
+    for url in (csv, str(tmp_path / "p.parquet")):
+        assert [(p.id, p.description, p.priority) for p in read_manifest(url).personas] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"description": "x"}, "id is missing"),
+        ({"id": "", "description": "x"}, "id '' is not usable"),
+        ({"id": "a" * 129, "description": "x"}, "is not usable"),
+        ({"id": "../x", "description": "x"}, "id '../x' is not usable"),
+        ({"id": "a/b", "description": "x"}, "id 'a/b' is not usable"),
+        ({"id": ".hidden", "description": "x"}, "id '.hidden' is not usable"),
+        ({"id": "a\nb", "description": "x"}, "is not usable"),
+        ({"id": "a\0b", "description": "x"}, "is not usable"),
+        ({"id": "a\n", "description": "x"}, "is not usable"),
+        ({"id": 7, "description": "x"}, "id 7 is not usable"),
+        ({"id": "a"}, "description is missing"),
+        ({"id": "a", "description": "  "}, "must be text"),
+        ({"id": "a", "description": 3}, "must be text"),
+        ({"id": "a", "description": "x\0"}, "null byte"),
+        ({"id": "a", "description": "x", "priority": "high"}, "priority 'high'"),
+        ({"id": "a", "description": "x", "metadata": 1}, "metadata 1 must be an object"),
+        ('{"id": "a", ', "broken JSON"),
+        ('["a"]', "must be an object"),
+    ],
+)
+def test_bad_row_is_one_line_with_file_and_row(tmp_path, row, said):
+    url = write(tmp_path / "p.jsonl", GOOD, GOOD | {"id": "b"}, row)
+    (line,) = faults(url)
+    assert line.startswith(f"{url}:3: ")
+    assert said in line
+    assert len(line) < 400
+
+
+def test_all_faults_come_in_one_go_but_at_most_twenty(tmp_path):
+    url = write(tmp_path / "p.jsonl", *[{"id": f"x{n}"} for n in range(30)])
+    lines = faults(url)
+    assert lines[0] == f"{url}:1: description is missing"
+    assert len(lines) == 21
+    assert lines[-1] == "... and 10 more faults"
+
+
+def test_repeated_id_names_both_rows(tmp_path):
+    url = write(tmp_path / "p.jsonl", GOOD, {"id": "b", "description": "x"}, GOOD)
+    assert faults(url) == [f"{url}:3: id 'ada' is already that of row 1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.jsonl", b"", "holds no persona"),
+        ("p.jsonl", b"\n\n", "holds no persona"),
+        (
+            "p.jsonl",
+            b'{"id": "a", "description": "x"}\n{"id": "b", "description": "\xff"}\n',
+            ":2: not UTF-8: byte 0xff",
+        ),
+        ("p.csv", b"id,text\na,b\n", "no column description; found id, text"),
+        ("p.csv", b"id,description\na,b,c\n", "more fields than the header"),
+        ("p.parquet", b"nonsense", "not a Parquet file"),
+        ("p.txt", b"x", "unknown kind of manifest '.txt'"),
+    ],
+)
+def test_bad_file_is_one_line(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    (line,) = faults(str(tmp_path / name))
+    assert said in line
+
+
+def test_missing_file(tmp_path):
+    assert faults(str(tmp_path / "no.jsonl")) == [f"{tmp_path}/no.jsonl: no such manifest"]
+
+
+def test_huge_description_is_one_short_line(tmp_path):
+    url = write(tmp_path / "p.jsonl", {"id": "a", "description": "x" * 50_000_000})
+    (line,) = faults(url)
+    assert line == f"{url}:1: description has 50,000,000 characters, at most 20,000 are allowed"
+
+
+def test_unknown_column_warns_once_and_metadata_does_not(tmp_path):
+    url = write(tmp_path / "p.jsonl", GOOD | {"mood": 1, "metadata": {"any": 1}}, {**GOOD, "id": "b", "mood": 2})
+    (warning,) = read_manifest(url).warnings
+    assert warning == f"{url}:1: column 'mood' is not known and ignored; put it under metadata"
+
+
+def test_ten_thousand_rows_stay_under_300_mb(tmp_path):
+    text = "A person who sells fish at the harbour and talks too much. " * 6
+    url = write(tmp_path / "p.jsonl", *[{"id": f"p{n}", "description": f"{n} {text}"} for n in range(10_000)])
+    code = (
+        "import sys; from persona_pruner.manifest import read_manifest; print(len(read_manifest(sys.argv[1]).personas)); "
+        "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])"
+    )
+    out = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, check=True).stdout.split()
+    assert int(out[0]) == 10_000
+    assert int(out[1]) < 300 * 1024
