@@ -1,0 +1,80 @@
+import pytest
+import torch
+from tiny_models import persona_data, tiny, tiny_config
+
+from persona_pruner.backbone.channels import find_ffns
+from persona_pruner.evaluation.losses import heldout_loss
+from persona_pruner.learning.data import encode
+from persona_pruner.learning.estimators import topk_mask
+from persona_pruner.learning.training_free import (
+    activation,
+    contrastive,
+    contrastive_masks,
+    magnitude,
+    random,
+    ranks,
+    wanda,
+)
+
+CONFIG = tiny_config()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
+def test_magnitude_is_the_norm_of_all_weights_of_a_channel(tmp_path, family):
+    backbone = tiny(tmp_path, family)
+    ffn = find_ffns(backbone.model)[1]
+    parts = [ffn.output.weight[:, 5]]
+    for linear in ffn.inputs:
+        parts += [linear.weight[5], linear.weight[64 + 5]] if ffn.fused else [linear.weight[5]]
+    assert magnitude(backbone)[1, 5].item() == pytest.approx(torch.cat(parts).norm().item(), rel=1e-5)
+
+
+def test_activation_is_the_channels_size_at_the_answers_times_its_output_weights(tmp_path):
+    backbone, data = tiny(tmp_path), persona_data("Ann", rows=5)
+    encoded = encode(backbone.tokenizer, CONFIG.prompt.system, data, 2048)
+    ffn, squares = find_ffns(backbone.model)[2], []
+    for row in encoded.train:
+        seen = []
+        hook = ffn.output.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0][0]))
+        backbone.model(torch.tensor([[*encoded.prefix, *row.tokens]]))
+        hook.remove()
+        squares.append(seen[0][-row.answer - 1 : -1].square())
+    wanted = torch.cat(squares).mean(0).sqrt() * ffn.output.weight.norm(dim=0)
+    assert torch.allclose(activation(backbone, CONFIG, data)[2], wanted, rtol=1e-4)
+
+
+def test_opposed_personas_get_opposite_scores_and_disjoint_masks_where_asked(tmp_path):
+    backbone = tiny(tmp_path)
+    one, other = persona_data("Ann"), persona_data("Zacharias")
+    first, second = contrastive(backbone, CONFIG, one, other)
+    assert torch.equal(first, -second)
+    assert not (topk_mask(first, 32) & topk_mask(second, 32)).any()
+    masks = contrastive_masks(activation(backbone, CONFIG, one), activation(backbone, CONFIG, other), 40, 10)
+    for mask, scores, foreign in zip(masks, (first, second), (second, first), strict=True):
+        assert mask.sum(1).tolist() == [40] * 3
+        assert (mask | ~topk_mask(scores, 10)).all()
+        assert not (mask & topk_mask(foreign, 10)).any()
+
+
+def test_random_scores_come_from_the_seed(tmp_path):
+    backbone = tiny(tmp_path)
+    assert torch.equal(random(backbone, 1), random(backbone, 1))
+    assert not torch.equal(random(backbone, 1), random(backbone, 2))
+
+
+def test_wanda_zeroes_the_ratio_in_each_row_and_gives_the_weights_back(tmp_path):
+    backbone, data = tiny(tmp_path), persona_data("Ann")
+    before = {name: p.clone() for name, p in backbone.model.named_parameters()}
+    plain = heldout_loss(backbone, CONFIG, data.description, data.heldout, None)
+    with wanda(backbone, CONFIG, data, 0.5):
+        for layer in backbone.model.model.layers:
+            for linear in (layer.self_attn.q_proj, layer.mlp.down_proj, layer.mlp.gate_proj):
+                assert ((linear.weight == 0).sum(1) == linear.in_features // 2).all()
+        assert torch.equal(backbone.model.lm_head.weight, before["lm_head.weight"])
+        assert heldout_loss(backbone, CONFIG, data.description, data.heldout, None) != plain
+    assert all(torch.equal(p, before[name]) for name, p in backbone.model.named_parameters())
+
+
+def test_ranks_keep_the_order_and_fill_the_unit_interval():
+    scores = torch.tensor([[3.0, -1.0, 100.0, 3.0]])
+    assert ranks(scores).tolist() == [[0.375, 0.125, 0.875, 0.625]]
