@@ -80,7 +80,7 @@ class Mask:
             keep_LI = _unpack(tensors["keep"], metadata.channels)
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise MaskError(f"{where}: not a whole mask: {type(error).__name__}: {error}") from None
-        if header["keep_sha256"] != _digest(tensors["keep"]):
+        if header.get("keep_sha256") != _digest(tensors["keep"]):
             raise MaskError(f"{where}: the bits do not match the sha256 in the header; pull or make it again")
         if keep_LI.shape[0] != metadata.layers or not torch.all(keep_LI.sum(1) == metadata.kept):
             raise MaskError(f"{where}: the header says {metadata.kept} channels in {metadata.layers} layers; not so")

@@ -6,6 +6,7 @@ Credentials, region and endpoint come from the standard AWS places (environment,
 """
 
 import base64
+import contextlib
 import errno
 import hashlib
 import os
@@ -206,17 +207,21 @@ class LocalStorage:
         return self._path(key).is_file()
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        base = self.root / prefix.rpartition("/")[0]
-        for directory, subdirectories, names in os.walk(base):
-            subdirectories.sort()
-            for name in sorted(names):
-                path = Path(directory) / name
-                key = path.relative_to(self.root).as_posix()
-                if key.startswith(prefix) and not name.startswith(".part-"):
-                    try:
-                        status = path.stat()
-                    except FileNotFoundError:
-                        continue
+        return self._walk(self.root / prefix.rpartition("/")[0], prefix)
+
+    def _walk(self, directory: Path, prefix: str) -> Iterator[ObjectInfo]:
+        try:
+            entries = sorted(os.scandir(directory), key=lambda e: f"{e.name}/" if e.is_dir() else e.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for entry in entries:
+            key = Path(entry.path).relative_to(self.root).as_posix()
+            if entry.is_dir():
+                if f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
+                    yield from self._walk(Path(entry.path), prefix)
+            elif key.startswith(prefix) and not entry.name.startswith(".part-"):
+                with contextlib.suppress(FileNotFoundError):
+                    status = entry.stat()
                     yield ObjectInfo(key, status.st_size, status.st_mtime)
 
     def delete(self, key: str) -> None:

@@ -17,3 +17,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "learnin
 @pytest.fixture
 def example() -> Path:
     return EXAMPLE
+
+
+from s3_server import moto_s3, real_s3  # noqa: E402, F401

@@ -125,7 +125,8 @@ def test_ten_thousand_rows_stay_under_300_mb(tmp_path):
     text = "A person who sells fish at the harbour and talks too much. " * 6
     url = write(tmp_path / "p.jsonl", *[{"id": f"p{n}", "description": f"{n} {text}"} for n in range(10_000)])
     code = (
-        "import sys; from persona_pruner.manifest import read_manifest; print(len(read_manifest(sys.argv[1]).personas)); "
+        "import sys; from persona_pruner.manifest import read_manifest; "
+        "print(len(read_manifest(sys.argv[1]).personas)); "
         "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])"
     )
     out = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, check=True).stdout.split()

@@ -1,0 +1,158 @@
+"""The same behaviour on a local directory, moto's mock server and a real S3 server."""
+
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from s3_server import new_bucket
+
+from persona_pruner import layout
+from persona_pruner.config import StorageConfig
+from persona_pruner.errors import StorageError
+from persona_pruner.manifest import ID
+from persona_pruner.storage import LocalStorage, NotFoundError, S3Storage, check_key, local_copy, open_storage, read_url
+
+FAST = StorageConfig(deadline_seconds=3.0)
+
+
+@pytest.fixture(params=["local", "moto_mock", pytest.param("real", marks=pytest.mark.cluster)])
+def storage(request, tmp_path, monkeypatch):
+    if request.param == "local":
+        return open_storage(tmp_path / "out", FAST)
+    server = request.getfixturevalue("moto_s3" if request.param == "moto_mock" else "real_s3")
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    return open_storage(f"s3://{new_bucket(server)}/run", FAST)
+
+
+def test_put_get_list_delete(storage):
+    storage.probe()
+    assert list(storage.list()) == []
+    storage.put("a/b.txt", b"one")
+    storage.put("a/b.txt", b"three")
+    storage.put("a/c.txt", b"")
+    storage.put("b.txt", b"x")
+    assert storage.get("a/b.txt") == b"three"
+    assert storage.get_range("a/b.txt", 1, 3) == b"hre"
+    assert storage.exists("a/c.txt")
+    assert not storage.exists("a")
+    assert [(item.key, item.size) for item in storage.list("a/")] == [("a/b.txt", 5), ("a/c.txt", 0)]
+    assert [item.key for item in storage.list()] == ["a/b.txt", "a/c.txt", "b.txt"]
+    storage.delete("a/b.txt")
+    storage.delete("a/b.txt")
+    with pytest.raises(NotFoundError, match="no such object"):
+        storage.get("a/b.txt")
+
+
+def test_create_if_absent_has_one_winner(storage):
+    barrier = threading.Barrier(8)
+
+    def write(number):
+        barrier.wait()
+        return storage.put_if_absent("lease", f"writer {number}".encode())
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(write, range(8)))
+    assert sum(won) == 1
+    assert storage.get("lease") == f"writer {won.index(True)}".encode()
+
+
+def test_create_if_absent_again_with_own_bytes_is_ours(storage):
+    """A client whose answer was lost meets its own object on the next try."""
+    if isinstance(storage, LocalStorage):
+        pytest.skip("a local link never loses its answer")
+    assert storage.put_if_absent("mask", b"same")
+    assert storage.put_if_absent("mask", b"same")
+    assert not storage.put_if_absent("mask", b"other")
+
+
+def test_many_objects_come_in_pages(storage):
+    if isinstance(storage, LocalStorage):
+        pytest.skip("directories have no pages")
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda n: storage.put(f"many/{n:05d}", b"x"), range(1100)))
+    assert [item.key for item in storage.list("many/")] == [f"many/{n:05d}" for n in range(1100)]
+
+
+def test_travels_to_another_process(storage):
+    storage.put("key", b"value")
+    assert pickle.loads(pickle.dumps(storage)).get("key") == b"value"
+
+
+def test_url_and_copy_of_a_prefix(storage, tmp_path):
+    storage.put("model/config.json", b"{}")
+    storage.put("model/sub/weights", b"w")
+    assert read_url(f"{storage.url}/model/config.json") == b"{}"
+    copy = local_copy(f"{storage.url}/model", tmp_path / "cache")
+    assert (copy / "config.json").read_bytes() == b"{}"
+    assert (copy / "sub" / "weights").read_bytes() == b"w"
+
+
+def test_wrong_bytes_of_the_right_length_are_refused(storage):
+    if isinstance(storage, LocalStorage):
+        pytest.skip("the file system is trusted; masks carry a checksum of their own")
+    storage.put("object", b"right")
+    head = storage.client.head_object(Bucket=storage.bucket, Key="run/object")
+    storage.client.put_object(Bucket=storage.bucket, Key="run/object", Body=b"wrong", Metadata=head["Metadata"])
+    with pytest.raises(StorageError, match="does not match the sha256"):
+        storage.get("object")
+
+
+@given(st.text(max_size=40))
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_id_escapes_its_prefix(tmp_path, text):
+    """Whatever passes as an id stays below masks/; whatever else is refused as a key or is no id."""
+    local, remote = LocalStorage(tmp_path, FAST), S3Storage("bucket", "run", FAST)
+    if ID.fullmatch(text):
+        for key in (layout.mask(text), layout.error(text), layout.checkpoint(text), layout.persona_data(text)):
+            check_key(key)
+            assert local._path(key).resolve().is_relative_to(tmp_path.resolve())
+            assert remote._name(key).startswith("run/")
+            assert ".." not in remote._name(key).split("/")
+            assert layout.persona_of(layout.mask(text), layout.MASKS) == text
+    else:
+        for part in text.split("/"):
+            if part in ("", ".", ".."):
+                with pytest.raises(StorageError):
+                    local._path(f"masks/{text}")
+                with pytest.raises(StorageError):
+                    remote._name(f"masks/{text}")
+
+
+@pytest.mark.parametrize("change", ["endpoint", "key", "secret", "bucket"])
+@pytest.mark.cluster
+def test_wrong_settings_are_one_line_without_secrets(real_s3, monkeypatch, change):
+    bucket = new_bucket(real_s3)
+    wrong = {
+        "endpoint": {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
+        "key": {"AWS_ACCESS_KEY_ID": "nobody"},
+        "secret": {"AWS_SECRET_ACCESS_KEY": "verysecretvalue"},
+        "bucket": {},
+    }[change]
+    for name, value in (real_s3 | wrong).items():
+        monkeypatch.setenv(name, value)
+    url = "s3://no-such-bucket-here/run" if change == "bucket" else f"s3://{bucket}/run"
+    said = {
+        "endpoint": "check AWS_ENDPOINT_URL",
+        "key": "check AWS_ACCESS_KEY_ID",
+        "secret": "check AWS_SECRET_ACCESS_KEY",
+        "bucket": "does not exist",
+    }[change]
+    with pytest.raises(StorageError, match=said) as caught:
+        open_storage(url).probe()
+    assert "\n" not in str(caught.value)
+    assert "verysecretvalue" not in str(caught.value)
+    assert real_s3["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)
+
+
+def test_unwritable_places_are_told(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="is no directory"):
+        open_storage(tmp_path / "file" / "out").probe()
+    with pytest.raises(StorageError, match="unknown kind of storage"):
+        open_storage("ftp://host/x")
+    with pytest.raises(StorageError, match="no bucket"):
+        open_storage("s3:///x")

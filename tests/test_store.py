@@ -1,0 +1,102 @@
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from test_mask import mask
+
+from persona_pruner import MaskStore, layout
+from persona_pruner.catalog import build_catalog, read_catalog, write_catalog
+from persona_pruner.errors import ConfigError, Faults, MaskError, StorageError
+from persona_pruner.storage import NotFoundError, open_storage
+from persona_pruner.store import garbage
+
+
+@pytest.fixture
+def output(tmp_path):
+    storage = open_storage(tmp_path / "out")
+    for number, name in enumerate(["ada", "bo", "cy"]):
+        storage.put(layout.mask(name), mask(name, seed=number).to_bytes())
+    return storage
+
+
+def test_load_and_list(output):
+    store = MaskStore(output.url)
+    assert store.ids() == ["ada", "bo", "cy"]
+    assert store.load("bo").metadata.persona_id == "bo"
+    with pytest.raises(NotFoundError, match="no mask of persona 'dee'"):
+        store.load("dee")
+
+
+def test_pull_verifies_and_does_not_fetch_again(output, tmp_path):
+    store, to = MaskStore(output.url), tmp_path / "to"
+    assert [p.fresh for p in store.pull(["ada", "bo"], to)] == [True, True]
+    (to / layout.mask("bo")).write_bytes(b"half")
+    assert [(p.persona_id, p.fresh) for p in store.pull(store.ids(), to)] == [
+        ("ada", False),
+        ("bo", True),
+        ("cy", True),
+    ]
+    assert MaskStore(to).verify() == 3
+
+
+def test_swapped_mask_is_noticed_everywhere(output, tmp_path):
+    output.put(layout.mask("bo"), output.get(layout.mask("ada")))
+    store = MaskStore(output.url)
+    for call in (
+        lambda: store.load("bo"),
+        lambda: list(store.pull(["bo"], tmp_path / "to")),
+        lambda: build_catalog(output),
+    ):
+        with pytest.raises(MaskError, match=r"masks/bo/mask.safetensors: is the mask of persona 'ada'"):
+            call()
+    with pytest.raises(Faults, match="masks/bo"):
+        store.verify()
+    assert not (tmp_path / "to" / layout.mask("bo")).exists()
+
+
+def test_pull_refuses_ids_that_leave_the_directory(output, tmp_path):
+    with pytest.raises(StorageError):
+        list(MaskStore(output.url).pull(["../ada"], tmp_path / "to"))
+    assert not (tmp_path / "to").exists() or not list((tmp_path / "to").rglob("*"))
+
+
+def test_indices_for_the_published_exporter(output, tmp_path):
+    (pulled,) = MaskStore(output.url).pull(["ada"], tmp_path / "to", indices=True)
+    assert torch.load(pulled.path, weights_only=True).shape == (3, 40)
+
+
+def test_where_filters_by_metadata(output):
+    store = MaskStore(output.url)
+    assert store.where(["ratio==0.6"]) == ["ada", "bo", "cy"]
+    assert store.where(["ratio==0.6", "seed>0", "persona_id!=cy"]) == ["bo"]
+    for bad in ("mood==1", "ratio", "ratio==high", "__import__('os')==1"):
+        with pytest.raises(ConfigError, match="--where"):
+            store.where([bad])
+
+
+def test_catalog_is_an_index_that_can_be_made_again(output):
+    write_catalog(output, build_catalog(output))
+    table = pq.read_table(output.root / layout.CATALOG).to_pandas()
+    assert list(table.persona_id) == ["ada", "bo", "cy"]
+    assert list(table.kept) == [40, 40, 40]
+    output.delete(layout.mask("bo"))
+    assert build_catalog(output)["persona_id"].to_pylist() == ["ada", "cy"]
+    output.put(layout.CATALOG, b"broken")
+    assert read_catalog(output).num_rows == 0
+    assert build_catalog(output, fresh=True).num_rows == 2
+
+
+def test_garbage_spares_whoever_has_no_mask(output):
+    output.put(layout.checkpoint("ada"), b"x")
+    output.put(layout.checkpoint("dee"), b"x")
+    output.put(layout.persona_data("bo"), b"x")
+    output.put(layout.error("dee"), json.dumps({}).encode())
+    output.put(layout.mask("cy"), b"broken")
+    output.put(layout.checkpoint("cy"), b"x")
+    assert garbage(output) == [layout.checkpoint("ada"), layout.persona_data("bo")]
+
+
+def test_share_needs_an_object_storage(output):
+    with pytest.raises(StorageError, match="object storage only"):
+        MaskStore(output.url).share("ada", 60)
