@@ -38,6 +38,6 @@ def test_no_rows_and_rows_that_are_too_long_are_named(tmp_path):
     with pytest.raises(PersonaError) as caught:
         heldout_loss(backbone, config, "Ann", (), None)
     assert caught.value.cause == "empty"
-    with pytest.raises(PersonaError, match=r"row 1 has \d+ tokens .* max_row_tokens is 60") as caught:
+    with pytest.raises(PersonaError, match=r"row 1 has \d+ tokens .*max_row_tokens is 60") as caught:
         heldout_loss(backbone, config, "Ann", (Row("a", "b"), Row("a", "b" * 80)), None)
     assert caught.value.cause == "row_too_long"
