@@ -240,10 +240,12 @@ class LearningConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     init: str = "activation"
     """First scores: zeros, magnitude, activation, `persona:<id>` (scores of a committed mask), or `mean:<id>,<id>`."""
-    learning_rate: Positive = 0.03
-    """Adam's rate for the scores."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Rate over the steps, down to 0."""
+    learning_rate: Positive = 0.01
+    """Rate of the scores; they start as ranks in (0, 1)."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Rate over the steps; linear and cosine go down to 0."""
+    average: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the steps, counted from the end, over which the scores are averaged for the mask; 0 takes the last."""
     steps: Count = 100
     """Step budget of one persona."""
     rows_per_step: Count = 16

@@ -73,6 +73,6 @@ def finish(
         versions={name: version(name) for name in ("persona-pruner", "torch", "transformers")},
         run_id=run_id,
     )
-    scores_LI = trial.scores_LI.cpu().half() if config.keep_scores else None
+    scores_LI = trial.learned().cpu().half() if config.keep_scores else None
     mask = Mask(keep_LI, metadata, scores_LI) if backbone.world.rank == 0 else None
     return Outcome(data.persona_id, "done", mask, trial.step, trial.seconds, trial.tokens, reason)

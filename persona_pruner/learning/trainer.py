@@ -211,12 +211,13 @@ class MaskTrainer:
         ladder = sorted(self.learning.ratio_ladder)
         good = trial.heldout is None or dense is None or trial.heldout <= dense + self.learning.ratio_tolerance
         if good and trial.rung + 1 < len(ladder):
-            trial.accepted_LI, trial.rung = trial.scores_LI.clone(), trial.rung + 1
+            trial.scores_LI = trial.accepted_LI = trial.learned()
+            trial.rung += 1
             trial.ratio = ladder[trial.rung]
             trial.reset()
             return True
         if not good and trial.accepted_LI is not None:
-            trial.scores_LI, trial.ratio = trial.accepted_LI, ladder[trial.rung - 1]
+            trial.scores_LI, trial.ratio, trial.mean_LI = trial.accepted_LI, ladder[trial.rung - 1], None
         return False
 
     def _checkpoint_due(self, persona: _Persona) -> bool:

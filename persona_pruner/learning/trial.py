@@ -34,6 +34,9 @@ class Trial:
     seconds: float = 0.0
     tokens: int = 0
     heldout: float | None = None
+    mean_LI: Tensor | None = None
+    """Mean of the scores over the steps of the tail so far."""
+    averaged: int = 0
     accepted_LI: Tensor | None = None
     """Scores of the last ratio that `auto` found good enough."""
     first_LI: Tensor = field(init=False, repr=False)
@@ -45,7 +48,7 @@ class Trial:
 
     def reset(self) -> None:
         """From step 0 with these scores."""
-        self.step, self.heldout = 0, None
+        self.step, self.heldout, self.mean_LI, self.averaged = 0, None, None, 0
         self.first_LI = torch.zeros_like(self.scores_LI)
         self.second_L1 = torch.zeros_like(self.scores_LI[:, :1])
         self.stopper = Stopper(self.config.stoppers)
@@ -54,9 +57,13 @@ class Trial:
     def kept(self) -> int:
         return kept_channels(self.channels, self.ratio, self.config.channel_multiple)
 
+    def learned(self) -> Tensor:
+        """The scores that the mask is made of: averaged over the tail of the training (Polyak), once it is reached."""
+        return self.scores_LI if self.mean_LI is None else self.mean_LI
+
     def mask(self) -> Tensor:
         """The hard mask, bool [L, I]."""
-        return topk_mask(self.scores_LI, self.kept)
+        return topk_mask(self.learned(), self.kept)
 
     def training_mask(self) -> tuple[Tensor, Tensor]:
         """The mask of this step, float32 with a graph to the scores, and those scores (a leaf)."""
@@ -81,6 +88,10 @@ class Trial:
         scale_L1 = (self.second_L1 / (1 - 0.99**count)).sqrt_().add_(1e-12)
         self.scores_LI = self.scores_LI - self._rate() / (1 - 0.9**count) * self.first_LI / scale_L1
         self.step = count
+        if count > (1 - self.config.average) * self.config.steps:
+            self.averaged += 1
+            mean_LI = self.scores_LI if self.mean_LI is None else self.mean_LI
+            self.mean_LI = mean_LI + (self.scores_LI - mean_LI) / self.averaged
 
     def _rate(self) -> float:
         done = self.step / self.config.steps
@@ -88,7 +99,19 @@ class Trial:
         return self.learning_rate * factor[self.config.schedule]
 
 
-_NUMBERS = ("persona_id", "name", "channels", "ratio", "learning_rate", "step", "rung", "seconds", "tokens", "heldout")
+_NUMBERS = (
+    "persona_id",
+    "name",
+    "channels",
+    "ratio",
+    "learning_rate",
+    "step",
+    "rung",
+    "seconds",
+    "tokens",
+    "heldout",
+    "averaged",
+)
 
 
 def to_bytes(trials: list[Trial], data_sha256: str) -> bytes:
@@ -97,9 +120,10 @@ def to_bytes(trials: list[Trial], data_sha256: str) -> bytes:
     numbers = []
     for index, trial in enumerate(trials):
         own = {"scores": trial.scores_LI, "first": trial.first_LI, "second": trial.second_L1}
+        own |= {} if trial.mean_LI is None else {"mean": trial.mean_LI}
         own |= {} if trial.accepted_LI is None else {"accepted": trial.accepted_LI}
         own |= {} if trial.stopper.last_LI is None else {"last": trial.stopper.last_LI}
-        tensors |= {f"{index}.{name}": tensor.cpu().contiguous() for name, tensor in own.items()}
+        tensors |= {f"{index}.{name}": tensor.cpu().clone() for name, tensor in own.items()}
         values = {name: getattr(trial, name) for name in _NUMBERS}
         numbers.append(values | {"best": trial.stopper.best, "stale": trial.stopper.stale})
     return save(tensors, {"trials": json.dumps(numbers), "data_sha256": data_sha256})
@@ -120,6 +144,7 @@ def from_bytes(data: bytes, config: LearningConfig, data_sha256: str, device: to
             for name in set(values) - set(made):
                 setattr(trial, name, values[name])
             trial.first_LI, trial.second_L1 = tensors[f"{index}.first"], tensors[f"{index}.second"]
+            trial.mean_LI = tensors.get(f"{index}.mean")
             trial.accepted_LI = tensors.get(f"{index}.accepted")
             trial.stopper.best, trial.stopper.stale = best, stale
             trial.stopper.last_LI = tensors.get(f"{index}.last")
