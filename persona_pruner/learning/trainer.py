@@ -44,13 +44,15 @@ class _Persona:
 
 
 class MaskTrainer:
-    """Keeps what is shared by all personas of a group: the backbone and its hooks."""
+    """Keeps what is shared by all personas of a group. Raises BackboneError for a backbone that it cannot train on."""
 
     def __init__(self, backbone: Backbone, config: RunConfig) -> None:
         self.backbone, self.config, self.learning = backbone, config, config.learning
         overhead = 1024 if backbone.device.type == "cuda" else 16
         self.settings = Settings(config.learning.objective, overhead=overhead)
         self.targets = Targets(config.learning.objective.top_logits)
+        with Runner(backbone) as runner:
+            runner.check_head()
 
     def train(
         self,

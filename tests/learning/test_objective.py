@@ -8,18 +8,20 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import FAMILIES, persona_data, tiny, tiny_config
+from tiny_models import FAMILIES, SCALED_HEADS, persona_data, tiny, tiny_config
 from torch import Tensor
 
 from persona_pruner.backbone.channels import find_ffns
 from persona_pruner.backbone.forward import Runner
-from persona_pruner.backbone.load import Backbone
-from persona_pruner.config import ObjectiveConfig
+from persona_pruner.backbone.load import Backbone, load_backbone
+from persona_pruner.config import BackboneConfig, ObjectiveConfig
+from persona_pruner.errors import BackboneError
 from persona_pruner.learning.batches import Item
 from persona_pruner.learning.data import Encoded, encode
 from persona_pruner.learning.objective import Settings, Targets, mask_gradient, mask_losses
 
 BOTH = ObjectiveConfig(cross_entropy=0.7, distillation=0.4)
+PAPER = ObjectiveConfig(cross_entropy=1, distillation=0)
 
 
 def naive(
@@ -128,11 +130,35 @@ def test_recomputed_layers_give_the_same_gradient(tmp_path):
     assert_same(fast(backbone, masks, personas, Settings(BOTH), checkpoint_layers=True), plain, 1e-6)
 
 
+def test_bfloat16_gives_nearly_the_gradient_of_float32(tmp_path):
+    exact = tiny(tmp_path)
+    coarse = load_backbone(BackboneConfig(path=str(tmp_path), dtype="bfloat16"), deepspeed=False)
+    personas, masks = encoded(exact, ["Ann"]), some_masks(exact, 1)
+    loss, grad = fast(coarse, masks, personas, Settings(PAPER))
+    wanted_loss, wanted = fast(exact, masks, personas, Settings(PAPER))
+    assert grad.dtype == torch.float32
+    assert torch.allclose(loss, wanted_loss, rtol=0.02)
+    assert F.cosine_similarity(grad.flatten(), wanted.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *SCALED_HEADS])
+def test_body_and_head_apart_are_the_whole_model(tmp_path, family):
+    backbone = tiny(tmp_path, family)
+    with Runner(backbone) as runner:
+        runner.check_head()
+
+
+def test_a_head_that_does_more_is_refused(tmp_path):
+    backbone = tiny(tmp_path)
+    backbone.model.lm_head.register_forward_hook(lambda module, inputs, out: out if inputs[0].ndim == 2 else -out)
+    with Runner(backbone) as runner, pytest.raises(BackboneError, match="logits are not its output layer"):
+        runner.check_head()
+
+
 def test_cross_entropy_alone_is_the_papers_objective(tmp_path):
     backbone = tiny(tmp_path)
     personas, masks = encoded(backbone, ["Ann"]), some_masks(backbone, 1)
-    paper = ObjectiveConfig(cross_entropy=1, distillation=0)
-    assert_same(fast(backbone, masks, personas, Settings(paper)), naive(backbone, masks, personas, paper))
+    assert_same(fast(backbone, masks, personas, Settings(PAPER)), naive(backbone, masks, personas, PAPER))
 
 
 def test_top_logits_of_the_whole_vocabulary_are_all_logits(tmp_path):

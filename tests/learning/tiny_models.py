@@ -35,7 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {**COMMON, "intermediate_size": 64},
     "opt": {**COMMON, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.15},
 }
-CONFIG: RunConfig = check_config({"backbone": {"path": "tiny"}, "learning": {"channel_multiple": 8}})
+SCALED_HEADS = {"cohere": {**GATED, "logit_scale": 0.3}, "granite": {**GATED, "logits_scaling": 4.0}}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -54,7 +54,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def save_tiny(to: Path, family: str = "llama", **changes: Any) -> Path:
     """A random model on disk; the same bytes each time."""
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**(FAMILIES | SCALED_HEADS)[family], **changes})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(to)
     tokenizer().save_pretrained(to)
