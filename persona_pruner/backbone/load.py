@@ -187,7 +187,7 @@ def _load(
     _join(world, device)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "bf16": {"enabled": world.size > 1 and config.dtype == "bfloat16"},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0} if world.size > 1 else {"stage": 0},
     }
     keeper = _partition_on_load(settings) if world.size > 1 else None
