@@ -240,7 +240,7 @@ class LearningConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     init: str = "activation"
     """First scores: zeros, magnitude, activation, `persona:<id>` (scores of a committed mask), or `mean:<id>,<id>`."""
-    learning_rate: Positive = 0.01
+    learning_rate: Positive = 0.02
     """Rate of the scores; they start as ranks in (0, 1)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Rate over the steps; linear and cosine go down to 0."""

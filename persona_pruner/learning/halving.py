@@ -41,5 +41,4 @@ def better_half(trials: Sequence[Trial], dense: float | None, tolerance: float, 
         return not within, -trial.ratio if within else 0.0, loss
 
     best = sorted(trials, key=rank)[: keep or -(-len(trials) // 2)]
-    chosen = {id(trial) for trial in best}
-    return [trial for trial in trials if id(trial) in chosen]
+    return [trial for trial in trials if trial in best]

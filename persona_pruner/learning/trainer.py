@@ -6,6 +6,7 @@ ranks stay in step. Nothing depends on global random state, on time, or on who e
 Shapes: P trials in the step, L layers, I channels.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,6 @@ class _Persona:
     encoded: Encoded
     trials: list[Trial]
     dense: float | None
-    began: float
     saved_step: int = 0
     saved_time: float = field(default_factory=time.monotonic)
 
@@ -93,7 +93,6 @@ class MaskTrainer:
         self, runner: Runner, data: PersonaData, restore: Mapping[str, bytes], warm_LI: Tensor | None
     ) -> _Persona:
         encoded = encode(self.backbone.tokenizer, self.config.prompt.system, data, self.learning.max_row_tokens)
-        began = time.monotonic()
         if self.learning.objective.distillation:
             self.targets.collect(runner, [encoded.prefix], items_of(encoded), self.settings)
         dense = self._heldout(runner, encoded, None)
@@ -108,7 +107,7 @@ class MaskTrainer:
         for trial in found:
             if not torch.isfinite(trial.scores_LI).all():
                 raise PersonaError("not_finite", f"{data.persona_id}: the scores it starts from are not finite")
-        return _Persona(data, encoded, found, dense, began, found[0].step)
+        return _Persona(data, encoded, found, dense, found[0].step)
 
     def _step(
         self,
@@ -135,7 +134,7 @@ class MaskTrainer:
             loss = loss_P[slot].item()
             mask, leaf = relaxed[slot]
             try:
-                if loss != loss or loss in (float("inf"), float("-inf")):
+                if not math.isfinite(loss):
                     raise PersonaError("not_finite", f"{trial.persona_id}: loss is {loss} at step {trial.step}")
                 (grad_LI,) = torch.autograd.grad(mask, leaf, grad_PLI[slot])
                 trial.update(grad_LI)
@@ -177,7 +176,7 @@ class MaskTrainer:
         run_id: str,
     ) -> Outcome | None:
         """Evaluate, select and checkpoint where it is time to; the outcome once the persona is through."""
-        reason = self._evaluate(runner, persona) or ("seconds" if late else None)
+        reason = self._evaluate(runner, persona, late)
         if len(persona.trials) > 1 and halving.is_rung(self.learning, persona.trials[0].step, len(persona.trials)):
             for trial in persona.trials:
                 trial.heldout = self._heldout(runner, persona.encoded, trial.mask())
@@ -193,10 +192,10 @@ class MaskTrainer:
             persona.saved_step, persona.saved_time = persona.trials[0].step, time.monotonic()
         return Outcome.paused(persona.trials) if stop else None
 
-    def _evaluate(self, runner: Runner, persona: _Persona) -> str | None:
+    def _evaluate(self, runner: Runner, persona: _Persona, late: bool) -> str | None:
         """Held-out losses where they are due; the reason to end this persona's training, if there is one."""
         step = persona.trials[0].step
-        ended = step >= self.learning.steps
+        ended = "steps" if step >= self.learning.steps else "seconds" if late else None
         if not (ended or step % self.learning.evaluate_every == 0):
             return None
         reasons = []
@@ -204,7 +203,7 @@ class MaskTrainer:
             mask_LI = trial.mask()
             trial.heldout = self._heldout(runner, persona.encoded, mask_LI)
             reasons.append(None if trial.heldout is None else trial.stopper.see(trial.heldout, mask_LI))
-        return "steps" if ended else reasons[0] if len(reasons) == 1 else None
+        return ended or (reasons[0] if len(reasons) == 1 else None)
 
     def _next_ratio(self, trial: Trial, dense: float | None) -> bool:
         """For the ratio `auto`: whether the trial goes on with a larger ratio. Else it holds its final scores."""

@@ -18,7 +18,7 @@ from persona_pruner.learning.estimators import kept_channels, relaxed_mask, topk
 from persona_pruner.learning.stoppers import Stopper
 
 
-@dataclass
+@dataclass(eq=False)
 class Trial:
     """`scores_LI` float32. `rung` counts the ratios that `auto` has tried."""
 
