@@ -95,6 +95,7 @@ def _rows(source: SourceConfig, where: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         path = local_copy(source.path)
     except NotFoundError as error:

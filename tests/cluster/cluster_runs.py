@@ -13,16 +13,18 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "manifests" / "quickstart"
 SMALL = [
     "synthesis.max_questions=60", "synthesis.select.k=24", "synthesis.rewrite.max_new_tokens=40",
-    "synthesis.references.count=2", "synthesis.tile_personas=2", "synthesis.filter.min_answers=4",
-    "learning.steps=12", "learning.rows_per_step=4", "learning.evaluate_every=6", "scheduler.checkpoint_steps=2",
-    "scheduler.backoff_seconds=0.2", "scheduler.lease_seconds=5", "evaluation.enabled=false",
+    "synthesis.rewrite.samples_per_question=1", "synthesis.references.count=2", "synthesis.tile_personas=2",
+    "synthesis.filter.min_answers=4", "learning.steps=24", "learning.rows_per_step=4", "learning.evaluate_every=6",
+    "scheduler.checkpoint_steps=2", "scheduler.backoff_seconds=0.2", "scheduler.lease_seconds=5",
+    "evaluation.enabled=false",
 ]  # fmt: skip
 
 
-def command(output, *overrides, personas=3, manifest=EXAMPLE / "personas.jsonl"):
+def command(output, *overrides, personas=3, manifest="manifests/quickstart/personas.jsonl"):
+    """The words of a job as a user writes them, below the repository."""
     words = [word for setting in (*SMALL, *overrides) for word in ("--set", setting)]
     limit = ["--limit", str(personas)] if personas else []
-    config = str(EXAMPLE / "run.yaml")
+    config = "manifests/quickstart/run.yaml"
     return ["jobs/prune_personas.py", str(manifest), "--config", config, "--output", str(output), *limit, *words]
 
 

@@ -11,15 +11,6 @@ import pytest
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    output = tmp_path_factory.mktemp("undisturbed") / "out"
-    code, text = runs.run(output)
-    assert code == 0, text
-    assert len(runs.masks(output)) == 3
-    return output
-
-
 def assert_same(output, undisturbed):
     assert runs.masks(output) == runs.masks(undisturbed)
     assert runs.data(output) == runs.data(undisturbed)

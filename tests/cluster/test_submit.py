@@ -1,0 +1,161 @@
+"""The same job through a started cluster with token authentication, and with an S3 output."""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+
+import cluster_runs as runs
+import pytest
+from s3_server import free_port, new_bucket
+
+from persona_pruner import MaskStore
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+BIN = Path(sys.executable).parent
+
+
+class Head:
+    """A head node of its own, ended with all it has started."""
+
+    def __init__(self, directory: Path, cpus: int = 2) -> None:
+        self.port, dashboard = free_port(), free_port()
+        self.address = f"http://127.0.0.1:{dashboard}"
+        self.env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        self.env.pop("RAY_ADDRESS", None)
+        self.env["PATH"] = f"{BIN}:{self.env['PATH']}"
+        words = [
+            "--head", "--block", f"--port={self.port}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}",
+            f"--temp-dir={directory}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1",
+            f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
+        ]  # fmt: skip
+        self.log = (directory / "head.log").open("w")
+        self.process = subprocess.Popen(
+            [BIN / "ray", "start", *words], env=self.env, stdout=self.log, stderr=self.log, start_new_session=True
+        )
+        runs.wait_for(self._up, 90)
+
+    def _up(self) -> bool:
+        done = subprocess.run(
+            [BIN / "ray", "job", "list", "--address", self.address], env=self.env, capture_output=True, text=True
+        )
+        return done.returncode == 0
+
+    def close(self) -> None:
+        runs.kill_tree(self.process)
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def head():
+    # Ray's socket names must stay under 107 bytes, which pytest's own directories do not leave room for.
+    directory = Path(f"/tmp/pp-{secrets.token_hex(3)}")
+    directory.mkdir()
+    started = Head(directory)
+    yield started
+    started.close()
+
+
+def submit(head, words, env=None):
+    return subprocess.Popen(
+        [BIN / "ray", "job", "submit", "--address", head.address, "--working-dir", ".", "--", "python", *words],
+        cwd=runs.ROOT, env=head.env | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_submitted_job_gives_the_same_masks_bit_for_bit(head, undisturbed, tmp_path):
+    job = submit(head, runs.command(tmp_path / "out"))
+    text, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, text
+    assert runs.masks(tmp_path / "out") == runs.masks(undisturbed)
+
+
+def test_submit_command_passes_the_exit_status_on(head, tmp_path):
+    manifest = tmp_path / "bad.jsonl"
+    manifest.write_text('{"id": "../x", "description": "x"}\n')
+    words = ["submit", str(manifest), "--config", "manifests/quickstart/run.yaml", "--output", str(tmp_path / "out")]
+    done = subprocess.run(
+        [BIN / "persona-pruner", *words, "--address", head.address],
+        cwd=runs.ROOT, env=head.env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"{manifest}:1: id '../x' is not usable" in done.stdout
+
+
+def test_submit_without_token_or_server_is_one_line(head, tmp_path):
+    words = ["submit", "m.jsonl", "--config", "c.yaml", "--output", str(tmp_path)]
+    for address, env, said in (
+        (head.address, {"RAY_AUTH_MODE": "disabled"}, "wants a token"),
+        ("http://127.0.0.1:9", {}, "no Ray job server answers"),
+    ):
+        done = subprocess.run(
+            [BIN / "persona-pruner", *words, "--address", address],
+            cwd=tmp_path, env=head.env | env, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 4
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_job_stop_checkpoints_and_a_new_submission_goes_on(head, undisturbed, tmp_path):
+    output = tmp_path / "out"
+    words = ["submit", "--address", head.address, "--output", str(output), "--config", "manifests/quickstart/run.yaml"]
+    settings = [word for setting in runs.SMALL for word in ("--set", setting)]
+    manifest = tmp_path / "three.jsonl"
+    manifest.write_text("".join(f"{line}\n" for line in (runs.EXAMPLE / "personas.jsonl").read_text().splitlines()[:3]))
+    follower = subprocess.Popen(
+        [BIN / "persona-pruner", *words, str(manifest), *settings],
+        cwd=runs.ROOT, env=head.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    job = next(line.split()[-1] for line in follower.stdout if line.startswith("submitted as"))
+    runs.wait_for(lambda: runs.checkpoints(output))
+    subprocess.run([BIN / "ray", "job", "stop", "--address", head.address, job], env=head.env, check=True)
+    text, _ = follower.communicate(timeout=120)
+    assert "submit again to go on" in text
+    again = submit(head, runs.command(output))
+    text, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, text
+    assert runs.masks(output) == runs.masks(undisturbed)
+
+
+def test_s3_output_gives_the_same_masks_bit_for_bit(real_s3, undisturbed, monkeypatch):
+    for name, value in real_s3.items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{new_bucket(real_s3)}/run"
+    code, text = runs.run(url)
+    assert code == 0, text
+    assert real_s3["AWS_SECRET_ACCESS_KEY"] not in text
+    store = MaskStore(url)
+    found = {persona: sha256(store.read(persona)[0]).hexdigest() for persona in store.ids()}
+    assert found == runs.masks(undisturbed)
+    assert store.verify() == 3
+
+
+def test_server_that_is_gone_for_20_seconds_costs_nothing_but_time(real_s3, undisturbed, monkeypatch):
+    """The server's process is stopped (SIGSTOP) and continued, as in a long pause."""
+    servers = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and b"radosgw" in (entry / "cmdline").read_bytes()[:40]
+    ]
+    if not servers:
+        pytest.skip("the S3 server is not a process of this machine")
+    for name, value in real_s3.items():
+        monkeypatch.setenv(name, value)
+    bucket = new_bucket(real_s3)
+    job = runs.start(f"s3://{bucket}/run")
+    runs.wait_for(lambda: list(MaskStore(f"s3://{bucket}/run").storage.list("synthesis/")))
+    for pid in servers:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(20)
+    for pid in servers:
+        os.kill(pid, signal.SIGCONT)
+    text, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, text
+    store = MaskStore(f"s3://{bucket}/run")
+    found = {persona: sha256(store.read(persona)[0]).hexdigest() for persona in store.ids()}
+    assert found == runs.masks(undisturbed)

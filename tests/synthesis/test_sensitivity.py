@@ -1,0 +1,83 @@
+"""The tiled scores equal the pairwise formula as published."""
+
+import pytest
+import tiny_models
+import torch
+
+from persona_pruner.backbone.prompts import persona_prefix, question_suffix
+from persona_pruner.config import check_config
+from persona_pruner.manifest import Persona
+from persona_pruner.synthesis.sensitivity import Sensitivity, choose_references
+
+PERSONAS = [Persona(f"p{n}", f"A {'very ' * n}old person who likes {thing}") for n, thing in enumerate("abcdef")]
+QUESTIONS = ["Why?", "What do you do in the morning, when nobody looks?", "3 + 4?", "Who are you", "Tell " * 9 + "me."]
+
+
+def config(**synthesis):
+    return check_config(
+        {"backbone": {"path": "x"}, "synthesis": {"references": {"count": 3}, "tile_questions": 2, **synthesis}}
+    )
+
+
+def pairwise(backbone, settings, question, target, references):
+    """s(q; P*), every prompt run whole and alone."""
+
+    def states(persona):
+        system = settings.prompt.system
+        ids = persona_prefix(backbone.tokenizer, system, persona.description)
+        ids = ids + question_suffix(backbone.tokenizer, system, persona.description, question)
+        kept = []
+        layers = next(m for m in backbone.model.modules() if isinstance(m, torch.nn.ModuleList))
+        first, last = settings.synthesis.layers or (0, len(layers) - 1)
+        hooks = [
+            layer.register_forward_hook(
+                lambda m, i, out: kept.append((out if isinstance(out, torch.Tensor) else out[0])[0, -1])
+            )
+            for layer in layers[first : last + 1]
+        ]
+        with torch.no_grad():
+            backbone.model(torch.tensor([ids]))
+        for hook in hooks:
+            hook.remove()
+        return kept
+
+    own = states(target)
+    distances = [
+        1 - torch.cosine_similarity(h, other, dim=0)
+        for reference in references
+        for h, other in zip(own, states(reference), strict=True)
+    ]
+    return torch.stack(distances).mean().item()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize("layers", [None, (1, 2)])
+def test_tiles_equal_the_pairwise_formula(tmp_path, family, layers):
+    backbone = tiny_models.tiny(tmp_path, family)
+    settings = config(layers=layers)
+    candidates = choose_references(PERSONAS, 3, 0)
+    scored = dict(
+        (persona.id, scores)
+        for persona, scores in Sensitivity(backbone, settings, QUESTIONS, candidates).tile(PERSONAS)
+    )
+    for target in PERSONAS:
+        references = [p for p in candidates if p.id != target.id][:3]
+        assert len(references) == 3
+        for number, question in enumerate(QUESTIONS):
+            expected = pairwise(backbone, settings, question, target, references)
+            assert scored[target.id][number].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_scores_do_not_depend_on_who_is_in_the_tile(tmp_path):
+    backbone = tiny_models.tiny(tmp_path)
+    sensitivity = Sensitivity(backbone, config(), QUESTIONS, choose_references(PERSONAS, 3, 0))
+    together = {persona.id: scores for persona, scores in sensitivity.tile(PERSONAS)}
+    for persona in PERSONAS:
+        ((_, alone),) = sensitivity.tile([persona])
+        assert torch.equal(alone, together[persona.id])
+
+
+def test_references_are_seeded_and_do_not_depend_on_order():
+    drawn = choose_references(PERSONAS, 3, 1)
+    assert drawn == choose_references(PERSONAS[::-1], 3, 1)
+    assert any(drawn != choose_references(PERSONAS, 3, seed) for seed in range(2, 9))
