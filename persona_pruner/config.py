@@ -258,6 +258,8 @@ class LearningConfig(Section):
     """Draws batches, Gumbel noise, random masks."""
     personas_per_step: Count = 1
     """Personas that share one step of a group; 1 is the bit-identical mode."""
+    pass_tokens: Count = 16384
+    """Tokens (padding included) of a step that run at once on a shard; lower it where memory is short."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     evaluate_every: Count = 50

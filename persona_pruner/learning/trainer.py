@@ -49,7 +49,7 @@ class MaskTrainer:
     def __init__(self, backbone: Backbone, config: RunConfig) -> None:
         self.backbone, self.config, self.learning = backbone, config, config.learning
         overhead = 1024 if backbone.device.type == "cuda" else 16
-        self.settings = Settings(config.learning.objective, overhead=overhead)
+        self.settings = Settings(config.learning.objective, config.learning.pass_tokens, overhead)
         self.targets = Targets(config.learning.objective.top_logits)
         with Runner(backbone) as runner:
             runner.check_head()
