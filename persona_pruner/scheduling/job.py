@@ -19,6 +19,7 @@ from persona_pruner.errors import EXIT_PERSONAS_FAILED, EXIT_STOPPED, StorageErr
 from persona_pruner.manifest import Manifest, Persona
 from persona_pruner.scheduling.lease import Lease
 from persona_pruner.scheduling.plan import Identity, Plan, check_run, identify, make_plan
+from persona_pruner.scheduling.trial import Trial
 from persona_pruner.storage import Storage, open_storage
 
 logger = logging.getLogger(__name__)
@@ -156,32 +157,31 @@ class _Job:
         return self._finish(failed, evaluation)
 
     def _train(self, scheduler: Any, todo: Sequence[Persona], ready: Sequence[Persona]) -> bool:
-        arrivals: queue.Queue[Persona | None] = queue.Queue()
+        arrivals: queue.Queue[Trial | None] = queue.Queue()
         for persona in ready:
-            arrivals.put(persona)
-        scheduler.expected = len(todo)
+            arrivals.put(Trial(persona))
+        scheduler.expected = len(ready) + len(todo)
         faults: list[Exception] = []
-        thread = threading.Thread(
-            target=self._feed, args=(scheduler, todo, arrivals, faults), name="synthesis", daemon=True
-        )
+        thread = threading.Thread(target=self._feed, args=(todo, arrivals, faults), name="synthesis", daemon=True)
         thread.start()
         finished = scheduler.run(arrivals, lambda: bool(faults) or self.stop())
         if faults:
             raise faults[0]
         return bool(finished)
 
-    def _feed(self, scheduler: Any, todo: Sequence[Persona], arrivals: Any, faults: list[Exception]) -> None:
+    def _feed(self, todo: Sequence[Persona], arrivals: "queue.Queue[Trial | None]", faults: list[Exception]) -> None:
         """Synthesize and hand over each persona as soon as its data are there."""
         from persona_pruner.synthesis.pipeline import synthesize
 
         by_id = {persona.id: persona for persona in todo}
         try:
             for result in synthesize(self.config, self.manifest.personas, list(by_id), self.output):
+                persona = by_id[result.persona_id]
                 if result.error is None:
-                    arrivals.put(by_id[result.persona_id])
+                    arrivals.put(Trial(persona))
                 else:
-                    scheduler.fail(by_id[result.persona_id], *result.error)
-                scheduler.expected -= 1
+                    cause, message = result.error
+                    arrivals.put(Trial(persona, state="ERROR", attempts=1, cause=cause, message=message))
                 if self.stop():
                     return
         except Exception as error:

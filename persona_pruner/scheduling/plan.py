@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,14 @@ def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
         masked = _verified_one_by_one(storage)
     data = {layout.persona_of(item.key, layout.SYNTHESIS) for item in storage.list(layout.SYNTHESIS)}
     errors = {layout.persona_of(item.key, layout.ERRORS) for item in storage.list(layout.ERRORS)}
-    done, train, synthesize = [], [], []
-    for persona in manifest.personas:
-        if masked.get(persona.id) == (persona.sha256, identity.run_id):
-            done.append(persona)
-        elif persona.id in data and is_current(storage, persona):
-            train.append(persona)
-        else:
-            synthesize.append(persona)
+    done = [p for p in manifest.personas if masked.get(p.id) == (p.sha256, identity.run_id)]
+    finished = {p.id for p in done}
+    with_data = [p for p in manifest.personas if p.id in data and p.id not in finished]
+    with ThreadPoolExecutor(identity.config.storage.connections) as pool:
+        current = list(pool.map(lambda persona: is_current(storage, persona), with_data))
+    train = [persona for persona, fits in zip(with_data, current, strict=True) if fits]
+    started = finished | {p.id for p in train}
+    synthesize = [p for p in manifest.personas if p.id not in started]
     left = {p.id for p in (*train, *synthesize)}
     tokens, flop, size = _estimate(identity, train, synthesize)
     failed = tuple(sorted(errors & left))

@@ -32,7 +32,7 @@ STOP_SECONDS = 15.0
 
 
 class Scheduler:
-    """`arrivals` gives personas whose data are there; None says that no more come."""
+    """`arrivals` gives a trial for each persona whose data are there or have failed; None says that no more come."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Scheduler:
         self.config, self.pool, self.storage, self._watch = config, pool, storage, watch
         self.trials: dict[str, Trial] = {}
         self.expected = 0
-        """Personas still to come from the synthesis."""
+        """Personas still to arrive."""
         self.retries = 0
         self.groups_lost = 0
         self.tokens = 0
@@ -58,29 +58,27 @@ class Scheduler:
         counts["PENDING"] += self.expected
         return counts
 
-    def add(self, persona: Persona) -> None:
-        self.trials[persona.id] = Trial(persona)
-        self._push(self.trials[persona.id])
+    def add(self, trial: Trial) -> None:
+        self.trials[trial.persona.id] = trial
+        self.expected -= 1
+        if trial.state == "ERROR":
+            self._store_error(trial)
+        else:
+            self._push(trial)
 
-    def fail(self, persona: Persona, cause: str, message: str) -> None:
-        """Note a persona that did not come as far as training."""
-        trial = Trial(persona, state="ERROR", attempts=1, cause=cause, message=message)
-        self.trials[persona.id] = trial
-        self._store_error(trial)
-
-    def run(self, arrivals: "queue.Queue[Persona | None]", should_stop: Callable[[], bool]) -> bool:
+    def run(self, arrivals: "queue.Queue[Trial | None]", should_stop: Callable[[], bool]) -> bool:
         """Train everything that arrives. True when all is through, False when stopped before."""
         open_end = True
         while True:
             while open_end:
                 try:
-                    persona = arrivals.get_nowait()
+                    trial = arrivals.get_nowait()
                 except queue.Empty:
                     break
-                if persona is None:
+                if trial is None:
                     open_end = False
                 else:
-                    self.add(persona)
+                    self.add(trial)
             if should_stop():
                 self._stop()
                 return False

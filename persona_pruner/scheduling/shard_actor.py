@@ -1,5 +1,6 @@
 """One shard of the backbone in a Ray actor, and what its group does with it: train, commit, evaluate."""
 
+import contextlib
 import os
 import socket
 import threading
@@ -32,6 +33,7 @@ class ShardActor:
         self.storage = open_storage(output, config.storage)
         self._stop = threading.Event()
         self._progress: dict[str, Progress] = {}
+        self._fetched: dict[str, PersonaData] = {}
 
     def address(self) -> str:
         """host:port at which rank 0 will listen."""
@@ -54,7 +56,8 @@ class ShardActor:
         restore: dict[str, bytes] = {}
         for persona in personas:
             try:
-                data.append(read_persona_data(self.storage, persona))
+                fetched = self._fetched.pop(persona.id, None)
+                data.append(fetched or read_persona_data(self.storage, persona))
                 restore |= self._checkpoint_of(persona)
             except PersonaError as error:
                 results[persona.id] = _failure(persona.id, error)
@@ -110,6 +113,13 @@ class ShardActor:
     def stop(self) -> None:
         """Checkpoint and come back from `train`, now and at every later call."""
         self._stop.set()
+
+    @ray.method(concurrency_group="control")
+    def prefetch(self, personas: Sequence[Persona]) -> None:
+        """Read the next personas' data while the current one trains; what fails here is told by `train`."""
+        for persona in personas:
+            with contextlib.suppress(PersonaError, StorageError):
+                self._fetched[persona.id] = read_persona_data(self.storage, persona)
 
     @ray.method(concurrency_group="control")
     def progress(self) -> list[Progress]:

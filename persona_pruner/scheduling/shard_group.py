@@ -21,6 +21,10 @@ from persona_pruner.scheduling.shard_actor import RemoteShard
 QUEUE_DEPTH = 2
 """Calls that wait at a group, so that it is never idle between two personas."""
 MAX_FAILED_STARTS = 3
+MAX_LOST_STARTS = 10
+"""Groups in a row that may die while they load before the backbone is held to be the cause."""
+PEER_SECONDS = 5.0
+"""How long Ray may take to notice a dead actor after its peers' connections broke."""
 
 
 @dataclass
@@ -94,6 +98,9 @@ class GroupPool:
 
     def submit(self, group: Group, method: str, argument: Any, what: Any) -> None:
         ticket = Ticket(method, argument, what)
+        if method == "train" and group.tickets:
+            for actor in group.actors:
+                actor.prefetch.remote(argument)
         ticket.refs = [getattr(actor, method).remote(argument) for actor in group.actors]
         group.tickets.append(ticket)
 
@@ -141,7 +148,8 @@ class GroupPool:
                 if self._failed_starts > MAX_FAILED_STARTS:
                     raise UserError(f"no shard group comes up: {_line(cause)}") from None
                 return [PoolEvent("lost", group.name, message=f"did not start: {_line(cause)}")]
-            return self._fail(group, cause)
+            lost = self._dead_peer(group)
+            return self._lose(group, lost) if lost else self._fail(group, cause)
         except RayError as error:
             return self._lose(group, error)
 
@@ -158,10 +166,24 @@ class GroupPool:
         ticket = group.tickets[0]
         values = {ref: ray.get(ref, timeout=60) for ref in ticket.refs if ref in done}
         if ticket.refs[0] not in values:
+            ticket.refs = [ref for ref in ticket.refs if ref not in values]
             return []
         group.tickets.popleft()
         group.idle_since = time.monotonic()
         return [PoolEvent("result", group.name, ticket, values[ticket.refs[0]])]
+
+    def _dead_peer(self, group: Group) -> RayActorError | None:
+        """A rank whose peer died fails with a broken connection: then the peer's death is the cause."""
+        refs = list(group.tickets[0].refs)
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=PEER_SECONDS, fetch_local=False)
+        for ref in done:
+            try:
+                ray.get(ref, timeout=60)
+            except RayActorError as error:
+                return error
+            except RayError:
+                continue
+        return None
 
     def _fail(self, group: Group, cause: Exception) -> list[PoolEvent]:
         """The call broke: its persona has failed, and the group, whose state nobody knows, is replaced."""
@@ -179,6 +201,8 @@ class GroupPool:
         self._remove(group)
         if starting:
             self._failed_starts += 1
+            if self._failed_starts > MAX_LOST_STARTS:
+                raise UserError(f"no shard group comes up: {message}")
         running, waiting = tickets[:1], tickets[1:]
         return [
             PoolEvent("lost", group.name, message=message),
