@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from persona_pruner.errors import ManifestError
+from persona_pruner.errors import ManifestError, StorageError
 from persona_pruner.storage import NotFoundError, read_url
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -50,17 +50,21 @@ def read_manifest(url: str) -> Manifest:
         data = read_url(url)
     except NotFoundError:
         raise ManifestError([f"{url}: no such manifest"]) from None
+    except StorageError as error:
+        if url.startswith("s3://"):
+            raise
+        raise ManifestError([str(error)]) from None
     faults: list[str] = []
-    rows = list(_rows(url, data, faults))
     personas: list[Persona] = []
     warnings: dict[str, str] = {}
     first_seen: dict[str, int] = {}
-    for number, row in rows:
+    number = 0
+    for number, row in _rows(url, data, faults):
         persona = _persona(f"{url}:{number}", row, faults)
         for column in row:
             if column not in COLUMNS:
                 warnings.setdefault(
-                    str(column), f"{url}:{number}: column {column!r} is not known and ignored; put it under metadata"
+                    column, f"{url}:{number}: column {_short(column)} is not known and ignored; put it under metadata"
                 )
         if persona is None:
             continue
@@ -68,7 +72,7 @@ def read_manifest(url: str) -> Manifest:
             faults.append(f"{url}:{number}: id {persona.id!r} is already that of row {first_seen[persona.id]}")
         first_seen.setdefault(persona.id, number)
         personas.append(persona)
-    if not rows and not faults:
+    if not number and not faults:
         faults.append(f"{url}: holds no persona; write rows of id and description")
     if faults:
         raise ManifestError(faults)
@@ -79,31 +83,24 @@ def _rows(url: str, data: bytes, faults: list[str]) -> Iterable[tuple[int, dict[
     """(row, values): the line of a JSONL or CSV file, the row of a Parquet file from 1."""
     kind = PurePosixPath(url).suffix.lower()
     if kind == ".parquet":
-        try:
-            table = pq.read_table(pa.BufferReader(data))
-        except pa.ArrowException as error:
-            faults.append(f"{url}: not a Parquet file: {str(error).splitlines()[0]}")
-            return
-        if _has_columns(url, table.column_names, faults):
-            yield from enumerate(table.to_pylist(), 1)
+        yield from _parquet_rows(url, data, faults)
         return
     if kind not in (".jsonl", ".ndjson", ".json", ".csv"):
         faults.append(f"{url}: unknown kind of manifest {kind!r}; use .jsonl, .csv or .parquet")
         return
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = data.count(b"\n", 0, error.start) + 1
-        faults.append(f"{url}:{row}: not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start}")
-        return
     if kind == ".csv":
-        yield from _csv_rows(url, text, faults)
+        text = _decoded(url, 1, data, 0, faults)
+        if text is not None:
+            yield from _csv_rows(url, text.removeprefix("\ufeff"), faults)
         return
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
+    offset = 0
+    for number, line in enumerate(data.split(b"\n"), 1):
+        text = _decoded(url, number, line, offset, faults)
+        offset += len(line) + 1
+        if text is None or not (text := text.removeprefix("\ufeff").strip()):
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(text)
         except (ValueError, RecursionError) as error:
             faults.append(f"{url}:{number}: broken JSON: {error}")
             continue
@@ -113,12 +110,37 @@ def _rows(url: str, data: bytes, faults: list[str]) -> Iterable[tuple[int, dict[
             faults.append(f"{url}:{number}: must be an object with id and description, not {type(row).__name__}")
 
 
+def _decoded(url: str, row: int, data: bytes, offset: int, faults: list[str]) -> str | None:
+    """Text of `data`, which begins at `row` and byte `offset` of the file; None and a fault where it is not UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        row += data.count(b"\n", 0, error.start)
+        byte = f"byte 0x{data[error.start]:02x} at offset {offset + error.start}"
+        faults.append(f"{url}:{row}: not UTF-8: {byte}; save the file as UTF-8")
+        return None
+
+
+def _parquet_rows(url: str, data: bytes, faults: list[str]) -> Iterable[tuple[int, dict[str, Any]]]:
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        rows = table.to_pylist()
+    except UnicodeDecodeError as error:
+        faults.append(f"{url}: holds text that is not UTF-8: byte 0x{error.object[error.start]:02x}")
+        return
+    except (pa.ArrowException, OSError) as error:
+        faults.append(f"{url}: not a readable Parquet file: {str(error).splitlines()[0]}")
+        return
+    if _has_columns(url, table.column_names, faults):
+        yield from enumerate(rows, 1)
+
+
 def _csv_rows(url: str, text: str, faults: list[str]) -> Iterable[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if reader.fieldnames is None or not _has_columns(url, reader.fieldnames, faults):
-        return
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        if reader.fieldnames is None or not _has_columns(url, reader.fieldnames, faults):
+            return
         for row in reader:
             if None in row:
                 faults.append(f"{url}:{reader.line_num}: has more fields than the header; quote text that holds commas")

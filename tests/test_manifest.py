@@ -95,7 +95,10 @@ def test_repeated_id_names_both_rows(tmp_path):
         ),
         ("p.csv", b"id,text\na,b\n", "no column description; found id, text"),
         ("p.csv", b"id,description\na,b,c\n", "more fields than the header"),
-        ("p.parquet", b"nonsense", "not a Parquet file"),
+        ("p.csv", b'id,description\na,"no end\n', "broken CSV"),
+        ("p.csv", b"id,description\n", "holds no persona"),
+        ("p.csv", b"id,description\na,x\nb,\xff\n", ":3: not UTF-8: byte 0xff at offset 21"),
+        ("p.parquet", b"nonsense", "not a readable Parquet file"),
         ("p.txt", b"x", "unknown kind of manifest '.txt'"),
     ],
 )
@@ -103,6 +106,43 @@ def test_bad_file_is_one_line(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     (line,) = faults(str(tmp_path / name))
     assert said in line
+
+
+def test_faults_of_every_kind_come_in_the_order_of_the_file(tmp_path):
+    url = tmp_path / "p.jsonl"
+    data = b'{"id": "../x", "description": "x"}\n{"id": "b", "description": "\xe9"}\n{"id"\n{"id": "c"}\n'
+    url.write_bytes(data)
+    assert [line.removeprefix(f"{url}:")[:20] for line in faults(str(url))] == [
+        "1: id '../x' is not usable"[:20], "2: not UTF-8: byte 0xe9"[:20], "3: broken JSON: Expecting"[:20],
+        "4: description is missing"[:20],
+    ]  # fmt: skip
+    assert f"at offset {data.index(0xE9)}" in faults(str(url))[1]
+
+
+def test_damaged_parquet_is_one_line(tmp_path):
+    url = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"id": [f"p{n}" for n in range(1000)], "description": ["x"] * 1000}), url)
+    damaged = bytearray(url.read_bytes())
+    damaged[50:3000] = bytes(2950)
+    url.write_bytes(damaged)
+    (line,) = faults(str(url))
+    assert "not a readable Parquet file" in line
+    not_utf8 = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())
+    pq.write_table(pa.table({"id": ["a"], "description": not_utf8}), url)
+    (line,) = faults(str(url))
+    assert "not UTF-8: byte 0xff" in line
+
+
+def test_mark_at_the_start_of_a_file_is_no_part_of_it(tmp_path):
+    for name, text in (("p.jsonl", json.dumps(GOOD)), ("p.csv", "id,description\r\nada,Ada pilots a ferry.\r\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        (persona,) = read_manifest(str(tmp_path / name)).personas
+        assert (persona.id, persona.description) == ("ada", GOOD["description"])
+
+
+def test_directory_is_no_manifest(tmp_path):
+    (line,) = faults(str(tmp_path))
+    assert "Is a directory" in line
 
 
 def test_missing_file(tmp_path):
