@@ -209,14 +209,41 @@ def inspect(
         console.print(render(found))
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Index file of the published code: int64 [layers, kept], .pt.")],
+    output: Annotated[str, typer.Option(help="Where the mask goes: a directory or s3://bucket/prefix.")],
+    persona: Annotated[str, typer.Option(help="Id of the persona.")],
+    backbone: Annotated[str, typer.Option(help="The model that the indices were made for.")],
+    description: Annotated[str, typer.Option(help="The persona's description.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Store an index file as the mask of a persona."""
+    from persona_pruner.backbone.channels import find_ffns
+    from persona_pruner.backbone.load import load_backbone
+    from persona_pruner.config import BackboneConfig
+    from persona_pruner.manifest import ID
+    from persona_pruner.store import MaskStore
+
+    if not ID.fullmatch(persona):
+        raise UserError(f"--persona {persona!r}: ids are letters, digits, '.', '_', '-', at most 128 of them")
+    model = load_backbone(BackboneConfig(path=backbone), deepspeed=False)
+    ffns = find_ffns(model.model)
+    mask = MaskStore(output).import_indices(
+        file, persona, channels=ffns[0].channels, description=description, backbone=model.name,
+        backbone_fingerprint=model.fingerprint, layers=len(ffns),
+    )  # fmt: skip
+    _show({"persona": persona, "kept": mask.metadata.kept, "layers": mask.metadata.layers}, as_json)
+
+
 @catalog_app.command("rebuild")
 def catalog_rebuild(output: OutputArgument, as_json: JsonOption = False) -> None:
     """Make catalog.parquet again from the masks themselves."""
     from persona_pruner import layout
     from persona_pruner.catalog import build_catalog, write_catalog
-    from persona_pruner.storage import open_storage
+    from persona_pruner.store import MaskStore
 
-    storage = open_storage(output)
+    storage = MaskStore(output).storage
     table = build_catalog(storage, fresh=True)
     write_catalog(storage, table)
     _show({"masks": table.num_rows, "catalog": f"{storage.url}/{layout.CATALOG}"}, as_json)
@@ -228,15 +255,16 @@ def gc(
     dry_run: Annotated[bool, typer.Option(help="Only list what would be removed.")] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """List or remove what no run needs any more: checkpoints, stored answers and data of personas that have a mask."""
-    from persona_pruner.storage import open_storage
-    from persona_pruner.store import garbage
+    """List or remove what no run needs any more: checkpoints, stored answers and data of personas that have a mask, and
+    uploads that were never finished."""
+    from persona_pruner.store import MaskStore, garbage, orphans
 
-    storage = open_storage(output)
+    storage = MaskStore(output).storage
     keys = garbage(storage)
     if not dry_run:
         for key in keys:
             storage.delete(key)
+    keys += orphans(storage, remove=not dry_run)
     if as_json:
         _show({"keys": keys, "removed": not dry_run}, True)
         return

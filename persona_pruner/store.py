@@ -4,7 +4,10 @@ from persona_pruner import MaskStore
 MaskStore("s3://bucket/run").load("alice").apply(model)
 """
 
+import hashlib
+import io
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,10 +19,11 @@ import pyarrow.compute as pc
 from persona_pruner import layout
 from persona_pruner.catalog import build_catalog, mask_objects
 from persona_pruner.config import StorageConfig
-from persona_pruner.errors import ConfigError, Faults, MaskError, StorageError
-from persona_pruner.mask import Mask
-from persona_pruner.storage import NotFoundError, S3Storage, Storage, open_storage
+from persona_pruner.errors import ConfigError, Faults, MaskError, StorageError, UserError
+from persona_pruner.mask import Mask, MaskMetadata, load_keep_indices
+from persona_pruner.storage import NotFoundError, Storage, open_storage
 
+ORPHAN_SECONDS = 24 * 3600
 _CONDITION = re.compile(r"\s*(\w+)\s*(==|!=|<=|>=|<|>)\s*(.+?)\s*")
 _COMPARE = {
     "==": pc.equal,
@@ -45,6 +49,7 @@ class MaskStore:
     def __init__(self, url: str | Path, config: StorageConfig | None = None) -> None:
         self.config = config or StorageConfig()
         self.storage: Storage = open_storage(url, self.config)
+        self.storage.reach(layout.MASKS)
 
     def ids(self) -> list[str]:
         """Personas that have a mask, sorted."""
@@ -87,27 +92,40 @@ class MaskStore:
         """Copy masks into a directory, `connections` at once, each verified and moved into place whole.
 
         What is there already and verifies is left alone. With `indices`, <id>.pt for the published exporter is written
-        instead. Raises MaskError, NotFoundError, StorageError.
+        instead. A mask that cannot be pulled does not stop the others: after the last one its fault is raised
+        (MaskError, NotFoundError, StorageError), or Faults where there are several.
         """
         target = open_storage(to, self.config)
 
-        def one(persona_id: str) -> Pulled:
-            key = f"{persona_id}.pt" if indices else layout.mask(persona_id)
-            path = to / key
-            if not indices and self._verified(target, persona_id):
-                return Pulled(persona_id, path, False)
-            data, mask = self.read(persona_id)
-            if indices:
-                import io
+        def one(persona_id: str) -> Pulled | UserError:
+            try:
+                return self._pull(persona_id, to, target, indices)
+            except (MaskError, StorageError) as error:
+                return error
 
-                stream = io.BytesIO()
-                mask.save_keep_indices(stream)
-                data = stream.getvalue()
-            target.put(key, data)
-            return Pulled(persona_id, path, True)
-
+        faults = []
         with ThreadPoolExecutor(self.config.connections) as pool:
-            yield from pool.map(one, persona_ids)
+            for result in pool.map(one, persona_ids):
+                if isinstance(result, Pulled):
+                    yield result
+                else:
+                    faults.append(result)
+        if len(faults) == 1:
+            raise faults[0]
+        if faults:
+            raise Faults([str(fault) for fault in faults])
+
+    def _pull(self, persona_id: str, to: Path, target: Storage, indices: bool) -> Pulled:
+        key = f"{persona_id}.pt" if indices else layout.mask(persona_id)
+        if not indices and self._verified(target, persona_id):
+            return Pulled(persona_id, to / key, False)
+        data, mask = self.read(persona_id)
+        if indices:
+            stream = io.BytesIO()
+            mask.save_keep_indices(stream)
+            data = stream.getvalue()
+        target.put(key, data)
+        return Pulled(persona_id, to / key, True)
 
     def _verified(self, target: Storage, persona_id: str) -> bool:
         key = layout.mask(persona_id)
@@ -136,17 +154,44 @@ class MaskStore:
 
     def share(self, persona_id: str, seconds: int) -> str:
         """A link that reads the mask without credentials, for so many seconds."""
-        if not isinstance(self.storage, S3Storage):
-            raise StorageError(f"{self.storage.url}: links are given by object storage only; use an s3:// output")
         self.read(persona_id)
         return self.storage.share(layout.mask(persona_id), seconds)
+
+    def import_indices(
+        self,
+        path: Path,
+        persona_id: str,
+        *,
+        layers: int,
+        channels: int,
+        description: str,
+        backbone: str,
+        backbone_fingerprint: str,
+    ) -> Mask:
+        """Store an index file of the published code ([L, K] int64, .pt) as the mask of a persona.
+
+        `layers` and `channels` are those of the backbone's FFNs. Raises MaskError where the file does not fit them or
+        another mask of this persona is there, StorageError.
+        """
+        keep_LI = load_keep_indices(path, channels)
+        if len(keep_LI) != layers:
+            raise MaskError(f"{path}: has {len(keep_LI)} layers, the backbone {layers}")
+        kept = int(keep_LI[0].sum())
+        metadata = MaskMetadata(
+            persona_id=persona_id, persona_sha256=hashlib.sha256(description.encode()).hexdigest(), backbone=backbone,
+            backbone_fingerprint=backbone_fingerprint, layers=layers, channels=channels, kept=kept, method="imported",
+            ratio=1 - kept / channels, seed=0, steps=0,
+        )  # fmt: skip
+        mask = Mask(keep_LI, metadata)
+        if not self.storage.put_if_absent(layout.mask(persona_id), mask.to_bytes()):
+            raise MaskError(f"{self.storage.url}/{layout.mask(persona_id)}: another mask is there; remove it first")
+        return mask
 
 
 def garbage(storage: Storage) -> list[str]:
     """Keys that no further run needs: checkpoints and stored answers of personas that have a mask, their errors and
     training data. Personas whose mask does not verify keep everything."""
     store = MaskStore(storage.url)
-    store.storage = storage
     masked = set()
     for persona_id in store.ids():
         try:
@@ -158,3 +203,8 @@ def garbage(storage: Storage) -> list[str]:
     for prefix in (layout.CHECKPOINTS, layout.ANSWERS, layout.ERRORS, layout.SYNTHESIS):
         found += [item.key for item in storage.list(prefix) if layout.persona_of(item.key, prefix) in masked]
     return found
+
+
+def orphans(storage: Storage, remove: bool = False) -> list[str]:
+    """Writes that were begun over a day ago and never finished: their writers are dead. Removed where asked."""
+    return list(storage.abandoned(time.time() - ORPHAN_SECONDS, remove))

@@ -13,7 +13,8 @@ from persona_pruner import layout
 from persona_pruner.config import StorageConfig
 from persona_pruner.errors import StorageError
 from persona_pruner.manifest import ID
-from persona_pruner.storage import LocalStorage, NotFoundError, S3Storage, check_key, local_copy, open_storage, read_url
+from persona_pruner.storage import LocalStorage, NotFoundError, check_key, local_copy, open_storage, read_url
+from persona_pruner.storage_s3 import S3Storage
 
 FAST = StorageConfig(deadline_seconds=3.0)
 
