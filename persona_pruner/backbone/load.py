@@ -9,7 +9,9 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,10 +225,19 @@ def _join(world: World, device: torch.device) -> None:
             timeout=datetime.timedelta(seconds=world.timeout_seconds),
         )
     os.environ.setdefault("LOCAL_RANK", "0")
+    _find_ninja()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed as ds
 
     ds.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def _find_ninja() -> None:
+    """DeepSpeed compiles an operator on its first use on a CPU and looks for ninja on PATH; in an environment that is
+    not activated it lies beside Python."""
+    beside = Path(sys.executable).parent
+    if shutil.which("ninja") is None and (beside / "ninja").exists():
+        os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def _free_port() -> int:
