@@ -1,7 +1,7 @@
 """catalog.parquet: one row a mask. An index only: it can be made again from the masks at any time."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -38,24 +38,30 @@ SCHEMA = pa.schema(
 """`keep` holds the packed bits of all layers, so that similarities need no other object."""
 
 
-def build_catalog(storage: Storage, connections: int = 16, fresh: bool = False) -> pa.Table:
-    """One row for each mask below `storage`, in order of ids.
+OBJECT = ("persona_id", "key", "size", "modified")
+
+
+def build_catalog(
+    storage: Storage, connections: int = 16, fresh: bool = False, columns: Sequence[str] = tuple(SCHEMA.names)
+) -> pa.Table:
+    """One row for each mask below `storage`, in order of ids; OBJECT and the `columns` asked for.
 
     Rows of an existing catalog are taken over where size and time of the object are unchanged, unless `fresh`. Every
     other mask is read and verified. Raises MaskError naming the key of one that does not verify.
     """
-    known = {} if fresh else {row["key"]: row for row in read_catalog(storage).to_pylist()}
+    schema = pa.schema([field for field in SCHEMA if field.name in (*OBJECT, *columns)])
+    known = {} if fresh else {row["key"]: row for row in read_catalog(storage, schema.names).to_pylist()}
     found = list(mask_objects(storage))
 
     def row_of(item: ObjectInfo) -> dict[str, Any]:
         old = known.get(item.key)
         if old and (old["size"], old["modified"]) == (item.size, item.modified):
             return old
-        return _row(storage, item)
+        return {name: value for name, value in _row(storage, item).items() if name in schema.names}
 
     with ThreadPoolExecutor(connections) as pool:
         rows = list(pool.map(row_of, found))
-    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["persona_id"]), SCHEMA)
+    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["persona_id"]), schema)
 
 
 def mask_objects(storage: Storage) -> Iterator[ObjectInfo]:
@@ -75,13 +81,14 @@ def _row(storage: Storage, item: ObjectInfo) -> dict[str, Any]:
     return values | {"key": item.key, "size": item.size, "modified": item.modified, "keep": mask.packed()}
 
 
-def read_catalog(storage: Storage) -> pa.Table:
+def read_catalog(storage: Storage, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Table:
     """The stored catalog; empty where there is none or it cannot be read."""
+    schema = pa.schema([SCHEMA.field(name) for name in columns])
     try:
-        table = pq.read_table(pa.BufferReader(storage.get(layout.CATALOG)))
-        return table.select(SCHEMA.names).cast(SCHEMA)
+        table = pq.read_table(pa.BufferReader(storage.get(layout.CATALOG)), columns=schema.names)
+        return table.select(schema.names).cast(schema)
     except (NotFoundError, pa.ArrowException, KeyError, OSError, ValueError):
-        return SCHEMA.empty_table()
+        return schema.empty_table()
 
 
 def write_catalog(storage: Storage, table: pa.Table) -> None:

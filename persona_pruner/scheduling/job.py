@@ -204,11 +204,11 @@ class _Job:
         return failed, True
 
     def _masked(self) -> list[Persona]:
-        there = {row["persona_id"] for row in self._catalog().select(["persona_id"]).to_pylist()}
+        there = set(self._catalog(columns=()).column("persona_id").to_pylist())
         return [persona for persona in self.manifest.personas if persona.id in there]
 
-    def _catalog(self) -> Any:
-        return build_catalog(self.storage, self.config.storage.connections)
+    def _catalog(self, **options: Any) -> Any:
+        return build_catalog(self.storage, self.config.storage.connections, **options)
 
     def _evaluation_missing(self) -> bool:
         from persona_pruner.evaluation import table

@@ -103,7 +103,8 @@ def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
     """Look at the output and say what is left."""
     masked = {}
     try:
-        for row in build_catalog(storage).select(["persona_id", "persona_sha256", "run_id"]).to_pylist():
+        catalog = build_catalog(storage, identity.config.storage.connections, columns=("persona_sha256", "run_id"))
+        for row in catalog.to_pylist():
             masked[row["persona_id"]] = (row["persona_sha256"], row["run_id"])
     except MaskError:
         masked = _verified_one_by_one(storage)

@@ -1,0 +1,91 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from persona_pruner import layout
+from persona_pruner.errors import OutputBusyError
+from persona_pruner.scheduling.lease import Lease, holder
+from persona_pruner.storage import open_storage
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return open_storage(tmp_path / "out")
+
+
+def change(storage, epoch, **values):
+    claim = json.loads(storage.get(layout.lease(epoch))) | values
+    storage.put(layout.lease(epoch), json.dumps(claim).encode())
+
+
+def test_the_second_job_is_told_who_works_there_and_since_when(storage):
+    with Lease(storage, 30):
+        claim = holder(storage)
+        with pytest.raises(OutputBusyError) as raised:
+            Lease(storage, 30)
+    assert claim["since"] in str(raised.value)
+    assert f"host {socket.gethostname()}, pid {os.getpid()}" in str(raised.value)
+
+
+def test_a_lease_given_back_leaves_nothing(storage):
+    with Lease(storage, 30):
+        assert holder(storage)
+    assert holder(storage) is None
+    assert list(storage.list(layout.LEASES)) == []
+
+
+def test_one_that_is_no_longer_renewed_is_taken_over_and_its_holder_notices(storage):
+    first = Lease(storage, 0.6)
+    change(storage, 1, renewed=time.time() - 60)
+    second = Lease(storage, 30)
+    assert first.lost.wait(10)
+    first.release()
+    assert holder(storage)["owner"] == second._claim["owner"]
+    second.release()
+
+
+def test_renewal_keeps_the_lease(storage):
+    with Lease(storage, 0.6) as lease:
+        time.sleep(1.5)
+        with pytest.raises(OutputBusyError):
+            Lease(storage, 0.6)
+        assert not lease.lost.is_set()
+
+
+def test_a_job_that_was_killed_on_this_machine_is_taken_over_at_once(storage):
+    code = (
+        "import os, signal, sys\n"
+        "from persona_pruner.scheduling.lease import Lease\n"
+        "from persona_pruner.storage import open_storage\n"
+        "Lease(open_storage(sys.argv[1]), 3600)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, storage.url], check=False)
+    assert len(list(storage.list(layout.LEASES))) == 1
+    with Lease(storage, 30):
+        assert holder(storage)["pid"] == os.getpid()
+
+
+def test_of_many_contenders_for_a_dead_lease_one_wins(storage):
+    storage.put(
+        layout.lease(7),
+        json.dumps({"owner": "x", "host": "gone", "boot": "", "pid": 1, "job": "", "since": "", "seconds": 1,
+                    "renewed": 0}).encode(),
+    )  # fmt: skip
+
+    def contend(_):
+        try:
+            return Lease(storage, 30)
+        except OutputBusyError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        won = [lease for lease in pool.map(contend, range(8)) if lease]
+    assert len(won) == 1
+    won[0].release()

@@ -1,0 +1,136 @@
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny_models import save_tiny, tiny_config
+
+from persona_pruner import layout
+from persona_pruner.catalog import build_catalog, write_catalog
+from persona_pruner.errors import ConfigError
+from persona_pruner.manifest import Manifest, Persona
+from persona_pruner.mask import Mask, MaskMetadata
+from persona_pruner.scheduling.plan import check_run, identify, make_plan
+from persona_pruner.storage import open_storage
+from persona_pruner.synthesis.records import SCHEMA
+
+MANY = 10_000
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("backbone") / "tiny")
+
+
+@pytest.fixture
+def identity(backbone):
+    return identify(tiny_config(backbone))
+
+
+def manifest(*descriptions):
+    return Manifest("m", tuple(Persona(f"p{n}", text) for n, text in enumerate(descriptions)), ())
+
+
+def put_mask(storage, identity, persona, run_id=None):
+    metadata = MaskMetadata(
+        persona_id=persona.id, persona_sha256=persona.sha256, backbone="tiny",
+        backbone_fingerprint=identity.fingerprint, layers=3, channels=64, kept=32, method="ste", ratio=0.5, seed=0,
+        steps=20, run_id=run_id or identity.run_id,
+    )  # fmt: skip
+    keep = torch.zeros(3, 64, dtype=torch.bool)
+    keep[:, :32] = True
+    storage.put(layout.mask(persona.id), Mask(keep, metadata).to_bytes())
+
+
+def put_data(storage, persona):
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([], SCHEMA.with_metadata({"persona_sha256": persona.sha256})), stream)
+    storage.put(layout.persona_data(persona.id), stream.getvalue())
+
+
+def ids(personas):
+    return [persona.id for persona in personas]
+
+
+def test_what_is_done_has_data_or_lacks_them(tmp_path, identity):
+    storage = open_storage(tmp_path / "out")
+    people = manifest("a", "b", "c").personas
+    put_mask(storage, identity, people[0])
+    put_data(storage, people[1])
+    storage.put(layout.error("p1"), b"{}")
+    storage.put(layout.error("p0"), b"{}")
+    plan = make_plan(Manifest("m", people, ()), storage, identity)
+    assert (ids(plan.done), ids(plan.to_train), ids(plan.to_synthesize)) == (["p0"], ["p1"], ["p2"])
+    assert plan.failed_before == ("p1",)
+    assert plan.tokens > 0
+    assert plan.flop > 0
+
+
+def test_a_changed_description_is_made_again_from_its_questions_on(tmp_path, identity):
+    storage = open_storage(tmp_path / "out")
+    old = Persona("p0", "before")
+    put_mask(storage, identity, old)
+    put_data(storage, old)
+    plan = make_plan(manifest("after"), storage, identity)
+    assert ids(plan.to_synthesize) == ["p0"]
+
+
+def test_a_mask_of_other_settings_or_with_a_broken_byte_is_made_again(tmp_path, identity):
+    storage = open_storage(tmp_path / "out")
+    people = manifest("a", "b", "c").personas
+    put_mask(storage, identity, people[0], run_id="another")
+    for persona in people[1:]:
+        put_mask(storage, identity, persona)
+    broken = bytearray(storage.get(layout.mask("p2")))
+    broken[-1] ^= 1
+    storage.put(layout.mask("p2"), bytes(broken))
+    assert ids(make_plan(Manifest("m", people, ()), storage, identity).done) == ["p1"]
+
+
+def test_other_settings_on_one_output_are_named_with_both_values(tmp_path, identity, backbone):
+    storage = open_storage(tmp_path / "out")
+    storage.put(layout.RUN, json.dumps(identity.document()).encode())
+    check_run(storage, identity)
+    with pytest.raises(ConfigError, match=r"learning\.ratio is 0\.5 there and 0\.25 here"):
+        check_run(storage, identify(tiny_config(backbone, ratio=0.25)))
+    with pytest.raises(ConfigError, match="the backbone is tiny"):
+        check_run(storage, dataclasses.replace(identity, fingerprint="0" * 64))
+
+
+def test_places_and_scheduling_do_not_change_what_a_run_is(backbone, identity):
+    config = tiny_config(backbone)
+    other = config.model_copy(update={"scheduler": config.scheduler.model_copy(update={"max_failures": 9})})
+    assert identify(other).run_id == identity.run_id
+
+
+def test_ten_thousand_masks_are_found_again_in_little_memory(tmp_path, identity):
+    """Figures of the machine are in the benchmark; here: all are found, and in under 500 MB."""
+    storage = open_storage(tmp_path / "out")
+    people = [Persona(f"p{n}", f"person {n}") for n in range(MANY)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda persona: put_mask(storage, identity, persona), people))
+    write_catalog(storage, build_catalog(storage))
+    file = tmp_path / "people.jsonl"
+    file.write_text("".join(json.dumps({"id": p.id, "description": p.description}) + "\n" for p in people))
+    code = (
+        "import sys\n"
+        "from persona_pruner.config import RunConfig\n"
+        "from persona_pruner.manifest import read_manifest\n"
+        "from persona_pruner.scheduling.plan import identify, make_plan\n"
+        "from persona_pruner.storage import open_storage\n"
+        "identity = identify(RunConfig.model_validate_json(sys.argv[3]))\n"
+        "plan = make_plan(read_manifest(sys.argv[1]), open_storage(sys.argv[2]), identity)\n"
+        "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
+        "print(len(plan.done), int(peak.split()[1]) // 1024)\n"
+    )
+    words = [sys.executable, "-c", code, file, storage.url, identity.config.model_dump_json()]
+    told = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    done, megabytes = map(int, told)
+    assert done == MANY
+    assert megabytes < 500
