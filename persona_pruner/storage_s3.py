@@ -94,7 +94,7 @@ class S3Storage:
     def _explain(self, key: str, error: Exception) -> StorageError:
         """One line for what went wrong and what to check."""
         place = f"{self.url}/{key}" if key else self.url
-        response = getattr(error, "response", {})
+        response = getattr(error, "response", None) or {}
         code = str(response.get("Error", {}).get("Code", ""))
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         if code == "NoSuchBucket":

@@ -3,6 +3,7 @@
 PERSONA_PRUNER_TEST_S3 = http://host:port with AWS_* credentials beside it takes the place of the real one.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -14,6 +15,10 @@ import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "shared" / "s3"
 KEYS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+
+
+DIRECTORIES: dict[str, Path] = {}
+"""Data directory of a server started here, by its endpoint."""
 
 
 def free_port() -> int:
@@ -39,6 +44,7 @@ def real_s3(tmp_path_factory):
     )
     if started.returncode:
         pytest.skip(f"the real S3 server did not start: {started.stderr.strip().splitlines()[-1]}")
+    DIRECTORIES[f"http://127.0.0.1:{port}"] = directory
     lines = dict(line.split("=", 1) for line in started.stdout.splitlines() if "=" in line)
     yield {name: lines[name] for name in KEYS if name in lines}
     subprocess.run([SCRIPTS / "stop-s3.sh", str(directory)], capture_output=True, timeout=60)
@@ -70,3 +76,15 @@ def new_bucket(settings: dict[str, str]) -> str:
     )
     client.create_bucket(Bucket=name)
     return name
+
+
+def second_user(settings: dict[str, str]) -> tuple[dict[str, str], str]:
+    """Keys (arguments of boto3.client) and name of a new user without any rights of its own."""
+    directory = DIRECTORIES.get(settings["AWS_ENDPOINT_URL"])
+    if directory is None:
+        pytest.skip("users can be made only on a server that the tests have started")
+    name = f"user{uuid.uuid4().hex[:8]}"
+    command = ["radosgw-admin", "-c", directory / "ceph.conf", "user", "create", "--uid", name, "--display-name", name]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    keys = json.loads(made.stdout)["keys"][0]
+    return {"aws_access_key_id": keys["access_key"], "aws_secret_access_key": keys["secret_key"]}, name

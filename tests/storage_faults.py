@@ -1,0 +1,143 @@
+"""A proxy between an S3 client and its server that does one fault, as often as told, and then lets all through."""
+
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler
+from urllib.parse import urlparse
+
+CUT = "cut"
+"""The connection is reset in the middle of the answer's body."""
+CLOSE = "close"
+"""The connection is closed before the request is read."""
+BUSY = "busy"
+"""503 SlowDown; the server never sees the request."""
+LOST = "lost"
+"""The server does what was asked, the client is told 500."""
+TRICKLE = "trickle"
+"""One byte of the answer's body every 50 ms."""
+FLIP = "flip"
+"""One bit of the answer's body is another, its length is right."""
+UNCONDITIONAL = "unconditional"
+"""If-None-Match is dropped, as by a server that does not know it."""
+
+
+@dataclass
+class Faults:
+    target: str
+    kind: str = ""
+    times: float = 0
+    method: str = ""
+    """Only requests of this method; all where empty."""
+    path: str = ""
+    """Only requests whose path holds this."""
+    url: str = ""
+    seen: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def plan(self, kind: str, times: float = float("inf"), method: str = "", path: str = "") -> None:
+        self.kind, self.times, self.method, self.path, self.seen = kind, times, method, path, 0
+
+    def take(self, method: str, path: str) -> str:
+        with self.lock:
+            if self.seen >= self.times or (self.method and method != self.method) or self.path not in path:
+                return ""
+            self.seen += 1
+            return self.kind
+
+
+@contextmanager
+def proxy(target: str) -> Iterator[Faults]:
+    """Faults of the proxy at `.url` in front of the server `target` (http://host:port)."""
+    faults = Faults(target)
+    handler = type("Handler", (_Handler,), {"faults": faults})
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    faults.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield faults
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    faults: Faults
+
+    def do_GET(self) -> None:
+        fault = self.faults.take(self.command, self.path)
+        if fault == CLOSE:
+            self._hang_up()
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if fault == BUSY:
+            self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
+            return
+        status, headers, answer = self._forward(body, fault)
+        if fault == LOST:
+            self._answer(500, [], b"<Error><Code>InternalError</Code></Error>")
+            return
+        if fault == FLIP and answer:
+            answer = answer[:-1] + bytes([answer[-1] ^ 1])
+        self._answer(status, headers, answer, fault)
+
+    do_PUT = do_POST = do_DELETE = do_HEAD = do_GET
+
+    def _forward(self, body: bytes, fault: str) -> tuple[int, list[tuple[str, str]], bytes]:
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+        if fault == UNCONDITIONAL:
+            headers = {name: value for name, value in headers.items() if name.lower() != "if-none-match"}
+        place = urlparse(self.faults.target)
+        connection = HTTPConnection(str(place.hostname), place.port, timeout=30)
+        try:
+            connection.request(self.command, self.path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.getheaders(), answer.read()
+        finally:
+            connection.close()
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, fault: str = "") -> None:
+        self.send_response_only(status)
+        dropped = {"transfer-encoding", "connection"} | (set() if self.command == "HEAD" else {"content-length"})
+        for name, value in headers:
+            if name.lower() not in dropped:
+                self.send_header(name, value)
+        if self.command != "HEAD":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault == CUT:
+            self.wfile.write(body[: len(body) // 2])
+            self._hang_up()
+        elif fault == TRICKLE:
+            self._trickle(body)
+        else:
+            self.wfile.write(body)
+
+    def _trickle(self, body: bytes) -> None:
+        wait = threading.Event()
+        try:
+            for position in range(len(body)):
+                self.wfile.write(body[position : position + 1])
+                self.wfile.flush()
+                wait.wait(0.05)
+        except OSError:
+            self.close_connection = True
+
+    def _hang_up(self) -> None:
+        self.wfile.flush()
+        self.close_connection = True
+        # Closing with unread input or no linger sends a reset.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, format: str, *args: object) -> None:
+        return

@@ -1,0 +1,287 @@
+"""Faults between client and server, wrong settings, policies: against a real S3 server unless the name says mock."""
+
+import datetime
+import http.server
+import json
+import ssl
+import subprocess
+import sys
+import threading
+import urllib.request
+import uuid
+from pathlib import Path
+
+import boto3
+import pytest
+import storage_faults as faults
+from s3_server import new_bucket, second_user
+from test_mask import mask
+
+from persona_pruner import MaskStore, layout, storage_s3
+from persona_pruner.config import StorageConfig
+from persona_pruner.errors import MaskError, StorageError
+from persona_pruner.storage import open_storage
+from persona_pruner.storage_s3 import S3Storage
+from persona_pruner.store import orphans
+
+POLICIES = Path(__file__).parents[1] / "cluster" / "policies"
+FAST = StorageConfig(deadline_seconds=2.0)
+LARGE = 17 * 2**20
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Three parts of 17 MiB are as good a multipart upload as more of a larger one."""
+    monkeypatch.setattr(storage_s3, "MULTIPART_BYTES", 8 * 2**20)
+
+
+@pytest.fixture
+def server(real_s3, monkeypatch):
+    for name, value in real_s3.items():
+        monkeypatch.setenv(name, value)
+    return real_s3
+
+
+@pytest.fixture
+def broken(server, monkeypatch):
+    """(storage through the proxy, its faults, the same storage without the proxy)"""
+    url = f"s3://{new_bucket(server)}/run"
+    direct = open_storage(url, FAST)
+    direct.exists("x")  # makes its client while the environment names the server itself
+    with faults.proxy(server["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield open_storage(url, FAST), proxy, direct
+
+
+@pytest.mark.parametrize("fault", [faults.CUT, faults.CLOSE, faults.BUSY, faults.LOST, faults.FLIP])
+def test_reads_survive_a_fault_and_give_up_clearly(broken, fault):
+    storage, proxy, direct = broken
+    content = bytes(range(256)) * 500
+    direct.put("object", content)
+    proxy.plan(fault, times=2, method="GET")
+    assert storage.get("object") == content
+    assert proxy.seen == 2
+    proxy.plan(fault, method="GET")
+    with pytest.raises(StorageError, match=r"run/object: ") as caught:
+        storage.get("object")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", [faults.CLOSE, faults.BUSY, faults.LOST])
+def test_writes_survive_a_fault_without_loss_or_duplicate(broken, fault):
+    storage, proxy, direct = broken
+    proxy.plan(fault, times=2, method="PUT")
+    storage.put("plain", b"one")
+    proxy.plan("", times=0)
+    assert storage.put_if_absent("warm-up", b"")
+    proxy.plan(fault, times=2, method="PUT", path="/once")
+    assert storage.put_if_absent("once", b"mine"), "a create whose answer was lost is still ours"
+    assert not direct.put_if_absent("once", b"theirs")
+    assert (direct.get("plain"), direct.get("once")) == (b"one", b"mine")
+    assert sorted(item.key for item in direct.list()) == ["once", "plain", "warm-up"]
+    proxy.plan(fault, method="PUT")
+    with pytest.raises(StorageError, match="run/never"):
+        storage.put("never", b"x")
+
+
+def test_a_server_that_trickles_does_not_outlive_the_deadline(broken):
+    storage, proxy, direct = broken
+    direct.put("object", b"x" * 100_000)
+    proxy.plan(faults.TRICKLE, method="GET")
+    with pytest.raises(StorageError, match=r"run/object: \d+ of 100000 bytes came"):
+        storage.get("object")
+
+
+def test_pull_commits_nothing_that_does_not_verify(broken, tmp_path):
+    storage, proxy, direct = broken
+    for number in range(4):
+        direct.put(layout.mask(f"p{number}"), mask(f"p{number}", seed=number).to_bytes())
+    store = MaskStore(storage.url, FAST)
+    proxy.plan(faults.FLIP, method="GET", path="p2/mask")
+    with pytest.raises(StorageError, match=r"masks/p2/mask\.safetensors"):
+        list(store.pull(store.ids(), tmp_path))
+    assert MaskStore(tmp_path).ids() == ["p0", "p1", "p3"], "the others are there, the bad one is not"
+    proxy.plan(faults.CUT, times=1, method="GET", path="p2/mask")
+    assert [(p.persona_id, p.fresh) for p in store.pull(store.ids(), tmp_path) if p.fresh] == [("p2", True)]
+    assert MaskStore(tmp_path).verify() == 4
+
+
+def test_large_object_that_fails_leaves_no_upload_behind(broken):
+    storage, proxy, direct = broken
+    proxy.plan(faults.BUSY, method="PUT", path="partNumber=3")
+    with pytest.raises(StorageError, match="run/large: SlowDown"):
+        storage.put("large", bytes(LARGE))
+    assert not direct.exists("large")
+    assert direct.abandoned(before=4e9) == []
+    proxy.plan(faults.BUSY, times=1, method="PUT", path="partNumber=3")
+    storage.put("large", bytes(LARGE))
+    assert len(direct.get("large")) == LARGE
+
+
+def test_gc_removes_old_unfinished_uploads_only_below_its_prefix(server):
+    storage = open_storage(f"s3://{new_bucket(server)}/run")
+    for key in ("run/dead", "other/dead"):
+        storage.client.create_multipart_upload(Bucket=storage.bucket, Key=key)
+    assert orphans(storage) == [], "one that began just now may be alive"
+    assert storage.abandoned(before=4e9) == ["dead"]
+    assert storage.abandoned(before=4e9, remove=True) == ["dead"]
+    assert storage.abandoned(before=4e9) == []
+    left = storage.client.list_multipart_uploads(Bucket=storage.bucket)["Uploads"]
+    assert [upload["Key"] for upload in left] == ["other/dead"]
+
+
+def test_server_that_ignores_conditions_is_told_once_mock(moto_s3, monkeypatch, caplog):
+    """Mock: real servers check the signature of the header that the proxy drops."""
+    for name, value in moto_s3.items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{new_bucket(moto_s3)}/run"
+    with faults.proxy(moto_s3["AWS_ENDPOINT_URL"]) as proxy:
+        proxy.plan(faults.UNCONDITIONAL)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        storage = open_storage(url, FAST)
+        assert storage.put_if_absent("lease", b"a")
+        assert not storage.put_if_absent("lease", b"b")
+        assert storage.get("lease") == b"a"
+        assert [item.key for item in storage.list()] == ["lease"]
+    assert sum("ignores If-None-Match" in record.message for record in caplog.records) == 1
+
+
+def test_wrong_clock_is_told(server, monkeypatch):
+    """The clock of the signature alone is wrong here: the machine's own cannot be set."""
+    import botocore.auth
+
+    storage = open_storage(f"s3://{new_bucket(server)}/run")
+    late = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=2)
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *_, **__: late.replace(tzinfo=None))
+    with pytest.raises(StorageError, match="clock of this machine is wrong"):
+        storage.put("x", b"")
+
+
+def test_bad_certificate_is_told(server, monkeypatch, tmp_path):
+    pem = tmp_path / "self-signed.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost", "-keyout",
+         pem, "-out", tmp_path / "certificate"], check=True, capture_output=True,
+    )  # fmt: skip
+    pem.write_bytes(pem.read_bytes() + (tmp_path / "certificate").read_bytes())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    listener.socket = context.wrap_socket(listener.socket, server_side=True)
+    threading.Thread(target=listener.serve_forever, args=(0.05,), daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://localhost:{listener.server_address[1]}")
+    with pytest.raises(StorageError, match="TLS failed: check the certificate"):
+        open_storage("s3://bucket/run").reach()
+    listener.shutdown()
+    listener.server_close()
+
+
+def test_command_line_says_one_line_and_no_secret(server, tmp_path):
+    """Everything that a command prints with the libraries' own debug log on is searched for the secret."""
+    secret = f"secret-{uuid.uuid4().hex}"
+    code = "import logging; logging.basicConfig(level='DEBUG'); from persona_pruner.cli import main; main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, "pull", f"s3://{new_bucket(server)}/run", "--all", "--to", str(tmp_path / "to")],
+        env={"PATH": "/usr/bin:/bin", **server, "AWS_SECRET_ACCESS_KEY": secret}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 4
+    assert "the secret key does not fit; check AWS_SECRET_ACCESS_KEY" in ran.stderr.splitlines()[-1]
+    assert "Traceback" not in ran.stderr.splitlines()[-1]
+    assert secret not in ran.stdout + ran.stderr
+
+
+def test_shared_link_reads_the_mask_without_credentials(server):
+    storage = open_storage(f"s3://{new_bucket(server)}/run")
+    made = mask("ada").to_bytes()
+    storage.put(layout.mask("ada"), made)
+    link = MaskStore(storage.url).share("ada", 60)
+    assert urllib.request.urlopen(link).read() == made
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(link.replace("ada", "bob"))
+    assert server["AWS_SECRET_ACCESS_KEY"] not in link
+
+
+def test_encryption_settings_reach_the_server_mock(moto_s3, monkeypatch):
+    """Mock: the real server here has no key management."""
+    for name, value in moto_s3.items():
+        monkeypatch.setenv(name, value)
+    config = StorageConfig(server_side_encryption="aws:kms", kms_key_id="key-1")
+    storage = open_storage(f"s3://{new_bucket(moto_s3)}/run", config)
+    storage.put("small", b"x")
+    storage.put("large", bytes(LARGE))
+    for key in ("small", "large"):
+        head = storage.client.head_object(Bucket=storage.bucket, Key=f"run/{key}")
+        assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", "key-1")
+
+
+@pytest.fixture
+def roles(server):
+    """owner's storage, and a function that gives the storage of a user under one of the shipped policies."""
+    keys, user = second_user(server)
+    bucket = new_bucket(server)
+    owner = open_storage(f"s3://{bucket}/team/run")
+    owner.put(layout.mask("ada"), mask("ada").to_bytes())
+    owner.put(layout.checkpoint("bo"), b"x")
+    open_storage(f"s3://{bucket}/elsewhere").put("private", b"x")
+
+    def under(name: str) -> S3Storage:
+        text = (POLICIES / f"{name}.json").read_text().replace("BUCKET", bucket).replace("PREFIX", "team/run")
+        policy = json.loads(text)
+        for statement in policy["Statement"]:
+            statement["Principal"] = {"AWS": [f"arn:aws:iam:::user/{user}"]}
+        owner.client.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
+        storage = S3Storage(bucket, "team/run", FAST)
+        storage._made = boto3.client("s3", endpoint_url=server["AWS_ENDPOINT_URL"], region_name="us-east-1", **keys)
+        return storage
+
+    return under
+
+
+def denied(call, *arguments):
+    with pytest.raises(StorageError, match="permission denied"):
+        call(*arguments)
+
+
+def test_reader_policy_reads_masks_and_nothing_else(roles):
+    storage = roles("reader")
+    storage.reach(layout.MASKS)
+    assert [item.key for item in storage.list(layout.MASKS)] == [layout.mask("ada")]
+    assert storage.get(layout.mask("ada"))
+    denied(storage.get, layout.checkpoint("bo"))
+    denied(storage.put, layout.mask("ada"), b"x")
+    denied(storage.delete, layout.mask("ada"))
+    denied(list, storage.list(layout.CHECKPOINTS))
+
+
+def test_job_policy_works_below_its_prefix_only(roles):
+    storage = roles("job")
+    storage.probe()
+    storage.put("a", b"x")
+    assert storage.put_if_absent("b", b"x")
+    storage.put("large", bytes(LARGE))
+    storage.delete("a")
+    outside = S3Storage(storage.bucket, "elsewhere", FAST)
+    outside._made = storage.client
+    denied(outside.get, "private")
+    denied(outside.put, "private", b"x")
+    denied(list, outside.list())
+
+
+def test_admin_policy_cleans_up(roles):
+    storage = roles("admin")
+    storage.client.create_multipart_upload(Bucket=storage.bucket, Key="team/run/dead")
+    assert storage.abandoned(before=4e9, remove=True) == ["dead"]
+    storage.delete(layout.checkpoint("bo"))
+    with pytest.raises(storage.client.exceptions.ClientError, match="AccessDenied"):
+        storage.client.put_bucket_policy(Bucket=storage.bucket, Policy="{}")
+
+
+def test_swapped_truncated_and_flipped_objects_are_named(server):
+    storage = open_storage(f"s3://{new_bucket(server)}/run")
+    good = mask("ada").to_bytes()
+    store = MaskStore(storage.url)
+    for bad in (mask("bo").to_bytes(), good[:-5], good[:-1] + bytes([good[-1] ^ 1])):
+        storage.put(layout.mask("ada"), bad)
+        with pytest.raises(MaskError, match=r"run/masks/ada/mask\.safetensors"):
+            store.load("ada")
