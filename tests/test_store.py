@@ -1,4 +1,5 @@
 import json
+import os
 
 import pyarrow.parquet as pq
 import pytest
@@ -9,7 +10,7 @@ from persona_pruner import MaskStore, layout
 from persona_pruner.catalog import build_catalog, read_catalog, write_catalog
 from persona_pruner.errors import ConfigError, Faults, MaskError, StorageError
 from persona_pruner.storage import NotFoundError, open_storage
-from persona_pruner.store import garbage
+from persona_pruner.store import garbage, orphans
 
 
 @pytest.fixture
@@ -100,3 +101,52 @@ def test_garbage_spares_whoever_has_no_mask(output):
 def test_share_needs_an_object_storage(output):
     with pytest.raises(StorageError, match="object storage only"):
         MaskStore(output.url).share("ada", 60)
+
+
+def test_one_bad_mask_does_not_stop_the_pull_of_the_others(output, tmp_path):
+    output.put(layout.mask("ada"), b"broken")
+    pulled = []
+    with pytest.raises(MaskError, match=r"masks/ada/mask\.safetensors"):
+        pulled.extend(p.persona_id for p in MaskStore(output.url).pull(["ada", "bo", "cy"], tmp_path / "to"))
+    assert MaskStore(tmp_path / "to").ids() == ["bo", "cy"]
+    output.put(layout.mask("bo"), b"broken")
+    with pytest.raises(Faults) as caught:
+        list(MaskStore(output.url).pull(["ada", "bo"], tmp_path / "again"))
+    assert len(caught.value.lines) == 2
+
+
+def test_index_file_of_the_published_code_becomes_a_mask(output, tmp_path):
+    store = MaskStore(output.url)
+    made = mask("dee", seed=5)
+    made.save_keep_indices(tmp_path / "dee.pt")
+    backbone = {"layers": 3, "channels": 100, "description": "d", "backbone": "tiny", "backbone_fingerprint": "f" * 64}
+    store.import_indices(tmp_path / "dee.pt", "dee", **backbone)
+    read = store.load("dee")
+    assert torch.equal(read.keep_LI, made.keep_LI)
+    assert (read.metadata.method, read.metadata.kept, read.metadata.ratio) == ("imported", 40, 0.6)
+    with pytest.raises(MaskError, match="another mask is there"):
+        store.import_indices(tmp_path / "dee.pt", "ada", **backbone)
+    with pytest.raises(MaskError, match="has 3 layers, the backbone 4"):
+        store.import_indices(tmp_path / "dee.pt", "eve", **(backbone | {"layers": 4}))
+    with pytest.raises(StorageError):
+        store.import_indices(tmp_path / "dee.pt", "../eve", **backbone)
+
+
+def test_unfinished_files_of_dead_writers_are_found_and_removed(output):
+    dead, alive = (output.root / "masks" / f".part-{name}" for name in ("dead", "alive"))
+    for path in (dead, alive):
+        path.write_bytes(b"half")
+    os.utime(dead, (0, 0))
+    assert orphans(output) == ["masks/.part-dead"]
+    assert dead.exists()
+    orphans(output, remove=True)
+    assert not dead.exists()
+    assert alive.exists()
+
+
+def test_catalog_opens_in_datasets(output, tmp_path):
+    from datasets import Dataset
+
+    write_catalog(output, build_catalog(output))
+    rows = Dataset.from_parquet(str(output.root / layout.CATALOG), cache_dir=str(tmp_path / "cache"))
+    assert rows["persona_id"][:] == ["ada", "bo", "cy"]
