@@ -25,17 +25,25 @@ leave() {
 trap leave EXIT
 trap 'exit 130' INT TERM
 
+# A node takes jobs once its agent answers, some seconds after `ray status` does.
+wait_for() {
+  until curl --silent --fail --output /dev/null "http://127.0.0.1:$1"; do
+    kill -0 "${nodes[-1]}" 2>/dev/null || { cat "$directory"/*.log >&2; exit 1; }
+    sleep 0.5
+  done
+}
+
 ray start --head --block --port="$PORT" --dashboard-port="$DASHBOARD_PORT" --node-ip-address=127.0.0.1 \
-  --num-cpus="$CPUS" --temp-dir="$directory/head" --ray-client-server-port=$((PORT + 1)) >"$directory/head.log" 2>&1 &
+  --num-cpus="$CPUS" --temp-dir="$directory/head" --ray-client-server-port=$((PORT + 1)) \
+  --dashboard-agent-listen-port=$((PORT + 2)) >"$directory/head.log" 2>&1 &
 nodes+=($!)
-until ray status --address="127.0.0.1:$PORT" >/dev/null 2>&1; do
-  kill -0 "${nodes[0]}" 2>/dev/null || { cat "$directory/head.log" >&2; exit 1; }
-  sleep 1
-done
+wait_for "$((PORT + 2))/api/local_raylet_healthz"
+wait_for "$DASHBOARD_PORT/api/gcs_healthz"
 ray start --block --address="127.0.0.1:$PORT" --node-ip-address=127.0.0.1 --num-cpus="$CPUS" \
-  --dashboard-agent-listen-port=$((PORT + 2)) --temp-dir="$directory/node" >"$directory/node.log" 2>&1 &
+  --dashboard-agent-listen-port=$((PORT + 3)) --temp-dir="$directory/node" >"$directory/node.log" 2>&1 &
 nodes+=($!)
+wait_for "$((PORT + 3))/api/local_raylet_healthz"
 echo "two nodes: 127.0.0.1:$PORT, jobs at http://127.0.0.1:$DASHBOARD_PORT"
-wait -n
+wait -n || true
 cat "$directory"/*.log >&2
 exit 1
