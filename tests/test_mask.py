@@ -2,13 +2,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load, save
 
 from persona_pruner.errors import MaskError
-from persona_pruner.mask import Mask, MaskMetadata, load_keep_indices, metadata_of
+from persona_pruner.mask import Mask, MaskMetadata, load_keep_indices, metadata_of, read_header
 
 
 def mask(persona_id="ada", layers=3, channels=100, kept=40, seed=0, scores=False):
@@ -45,7 +46,6 @@ def test_same_mask_same_bytes_in_another_process():
     code = "import sys, hashlib; sys.path.insert(0, sys.argv[1]); from test_mask import mask; "
     code += "print(hashlib.sha256(mask().to_bytes()).hexdigest())"
     import hashlib
-    from pathlib import Path
 
     out = subprocess.run(
         [sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, check=True
@@ -153,3 +153,14 @@ def test_similarity_is_the_jaccard_index():
     assert one.similarity(one) == 1
     both = (one.keep_LI & other.keep_LI).sum() / (one.keep_LI | other.keep_LI).sum()
     assert one.similarity(other) == pytest.approx(both.item())
+
+
+def test_header_fits_the_published_schema():
+    import jsonschema
+
+    schema = json.loads((Path(__file__).parents[1] / "docs" / "mask-format.schema.json").read_text())
+    raw = read_header(mask().to_bytes(), "x")
+    plain = {"format_version", "keep_sha256"}
+    decoded = {name: value if name in plain else json.loads(value) for name, value in raw.items()}
+    jsonschema.validate(decoded, schema)
+    assert set(decoded) == set(schema["properties"])
