@@ -394,7 +394,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{line}: not valid YAML: {problem}{hint}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: must be a mapping of settings, not {type(tree).__name__}")
-    _resolve_paths(tree, file.parent)
+    try:
+        _resolve_paths(tree, file.parent)
+    except ValueError as error:
+        raise ConfigError(f"{file}: a path cannot be used: {error}") from None
     for override in overrides:
         _override(tree, override)
     return check_config(tree, str(file))
@@ -405,27 +408,38 @@ def check_config(tree: Mapping[str, Any], where: str = "configuration") -> RunCo
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines: list[str] = []
+        # A setting that takes several types has a fault for each of them, which are one to the user.
+        faults: dict[str, list[str]] = {}
         for fault in error.errors():
-            line = f"{where}: {_explain(fault)}"
-            if line not in lines:
-                lines.append(line)
+            place, problem = _explain(fault)
+            problems = faults.setdefault(place, [])
+            if problem not in problems:
+                problems.append(problem)
+        lines = [f"{where}: {place}{' or '.join(problems)}" for place, problems in faults.items()]
         raise ConfigError("\n".join(lines[:20])) from None
 
 
-def _explain(fault: Mapping[str, Any]) -> str:
+def _explain(fault: Mapping[str, Any]) -> tuple[str, str]:
+    """(which setting and value, what is wrong with it)."""
     keys = [str(part) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
         names = _section_at(keys[:-1])
         near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else f"known keys: {', '.join(names)}"
-        return f"unknown key {'.'.join(keys)}; {hint}"
+        return f"unknown key {'.'.join(keys)}; ", hint
     keys = [key for key in keys if key not in ("constrained-float", "literal['auto']", "float")]
-    message = fault["msg"].removeprefix("Value error, ")
     place = ".".join(keys)
-    if fault["type"] == "value_error":
-        return f"{place}: {message}" if place else message
-    return f"{place} = {fault['input']!r}: {message[0].lower()}{message[1:]}"
+    message = fault["msg"].removeprefix("Value error, ")
+    match fault["type"]:
+        case "value_error":
+            return f"{place}: " if place else "", message
+        case "missing":
+            return f"{place}: ", "is missing"
+        case "model_type" | "model_attributes_type":
+            message = "must be a mapping of settings"
+        case "tuple_type":
+            message = "must be a list"
+    return f"{place} = {fault['input']!r}: ", message.replace("Input should be", "must be")
 
 
 def _section_at(keys: Sequence[str]) -> list[str]:

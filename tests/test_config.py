@@ -26,6 +26,10 @@ def fault(tmp_path, text, *overrides):
         ("learning: {stepz: 3}", "unknown key learning.stepz; did you mean learning.steps?"),
         ("learnin: {}", "unknown key learnin; did you mean learning?"),
         ("learning: {steps: many}", "learning.steps = 'many'"),
+        ("learning:", "learning = None: must be a mapping of settings"),
+        ("synthesis: {sources: 3}", "synthesis.sources = 3: must be a list"),
+        ("synthesis: {sources: [{weight: 2}]}", "synthesis.sources.0.path: is missing"),
+        ('backbone: {path: "a\\0b"}', "null byte"),
         ("groups: {min: 3, max: 1}", "groups: max = 1 is below min = 3"),
         ("learning: {objective: {cross_entropy: 0, distillation: 0}}", "one must be above 0"),
         ("prompt: {system: hello}", "must contain {persona}"),
@@ -39,6 +43,17 @@ def test_bad_setting_is_told_with_file_value_and_remedy(tmp_path, text, said):
     assert said in message
     assert str(tmp_path / "run.yaml") in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "half", ".nan", "[1]"])
+def test_one_bad_value_is_one_line(tmp_path, ratio):
+    (line,) = fault(tmp_path, f"learning: {{ratio: {ratio}}}").splitlines()
+    assert line.endswith("or must be 'auto'")
+
+
+def test_all_faults_come_in_one_go(tmp_path):
+    lines = fault(tmp_path, "learning: {ratio: 0, steps: x, stepz: 1}\ngroups: {min: 0}").splitlines()
+    assert len(lines) == 4
 
 
 def test_missing_file(tmp_path):
