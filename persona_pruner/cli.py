@@ -72,6 +72,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a submission would do: done, to do, tokens, FLOP and storage. Starts and writes nothing."""
+    from persona_pruner import layout
     from persona_pruner.config import load_config
     from persona_pruner.manifest import read_manifest
     from persona_pruner.scheduling.plan import check_run, identify, make_plan
@@ -80,6 +81,7 @@ def plan(
     settings = load_config(config, set_)
     personas = read_manifest(manifest)
     storage = open_storage(output, settings.storage)
+    storage.reach(layout.MASKS)
     identity = identify(settings)
     check_run(storage, identity)
     found = make_plan(personas, storage, identity).summary()
@@ -117,6 +119,7 @@ def status(output: OutputArgument, as_json: JsonOption = False) -> None:
     from persona_pruner.storage import open_storage
 
     storage = open_storage(output)
+    storage.reach(layout.ERRORS)
     found = read_status(storage)
     found["errors"] = [json.loads(storage.get(item.key)) for item in storage.list(layout.ERRORS)]
     if as_json:
@@ -199,10 +202,13 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Which questions reveal a persona most and least, and how it answers them."""
+    from persona_pruner import layout
     from persona_pruner.storage import open_storage
     from persona_pruner.synthesis.inspect import inspect_persona, render
 
-    found = inspect_persona(open_storage(output), persona, count)
+    storage = open_storage(output)
+    storage.reach(layout.SYNTHESIS)
+    found = inspect_persona(storage, persona, count)
     if as_json:
         _show(found, True)
     else:

@@ -21,7 +21,7 @@ from persona_pruner.config import StorageConfig
 from persona_pruner.errors import StorageError
 
 DEFAULTS = StorageConfig()
-AT_START = StorageConfig(deadline_seconds=12)
+AT_START = StorageConfig(deadline_seconds=6)
 """For what a command reads before it starts: a wrong endpoint is told within 15 s."""
 T = TypeVar("T")
 PART = ".part-"
