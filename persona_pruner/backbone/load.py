@@ -5,6 +5,7 @@ The only module that imports deepspeed. One process holds at most one world.
 
 import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import logging
@@ -225,19 +226,38 @@ def _join(world: World, device: torch.device) -> None:
             timeout=datetime.timedelta(seconds=world.timeout_seconds),
         )
     os.environ.setdefault("LOCAL_RANK", "0")
-    _find_ninja()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        _build_operator()
     import deepspeed as ds
 
     ds.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
-def _find_ninja() -> None:
-    """DeepSpeed compiles an operator on its first use on a CPU and looks for ninja on PATH; in an environment that is
-    not activated it lies beside Python."""
+def _build_operator() -> None:
+    """Compile the operator that DeepSpeed uses on CPUs, one process of this machine at a time.
+
+    torch guards a compilation by a file that outlives a killed process and then stops everybody for ever. Our lock dies
+    with its holder, and who holds it clears what a dead one has left. The directory belongs to this environment, since
+    another one's compiler output does not fit.
+    """
+    from deepspeed.accelerator import get_accelerator
+
     beside = Path(sys.executable).parent
     if shutil.which("ninja") is None and (beside / "ninja").exists():
+        # An environment that is not activated has ninja beside Python and not on PATH.
         os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
+    mark = hashlib.sha256(f"{sys.prefix}{torch.__version__}".encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "persona-pruner"
+    directory = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / f"operators-{mark}")))
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "builder").open("w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        for left in directory.glob("**/lock"):
+            left.unlink(missing_ok=True)
+        builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+        if builder is not None and builder.is_compatible():
+            builder.load()
 
 
 def _free_port() -> int:
