@@ -69,7 +69,7 @@ def test_driver_killed_twice_then_submitted_again(undisturbed, tmp_path):
 
 def test_sigterm_checkpoints_and_leaves_within_20_seconds(undisturbed, tmp_path):
     output = with_data_of(undisturbed, tmp_path / "out")
-    job = runs.start(output, "learning.steps=12")
+    job = runs.start(output)
     runs.wait_for(lambda: runs.checkpoints(output))
     began = time.monotonic()
     job.send_signal(signal.SIGTERM)
