@@ -1,10 +1,7 @@
 """Two real processes, each with half of the backbone (DeepSpeed ZeRO-3 over gloo), against one."""
 
 import multiprocessing
-import os
-import signal
 import socket
-import time
 from typing import Any
 
 import pytest
@@ -12,42 +9,45 @@ import torch
 from tiny_models import persona_data, save_tiny, tiny_config
 
 from persona_pruner.backbone.load import World, load_backbone
+from persona_pruner.learning.outcome import Progress
 from persona_pruner.learning.trainer import MaskTrainer
 
 NAMES = ["Ann", "Barbara"]
+FOREVER = 100_000
 
 
-def _rank(path: str, rank: int, size: int, port: int, queue: Any, die_at: int) -> None:
+def _rank(path: str, rank: int, size: int, port: int, queue: Any, steps: int) -> None:
     torch.set_num_threads(1)
     try:
-        queue.put((rank, *_learn(path, World(rank, size, f"127.0.0.1:{port}", timeout_seconds=60), die_at)))
+        queue.put((rank, *_learn(path, World(rank, size, f"127.0.0.1:{port}", timeout_seconds=60), steps, queue)))
     except Exception as error:
         queue.put((rank, "error", repr(error)))
 
 
-def _learn(path: str, world: World, die_at: int) -> tuple[int, Any, Any]:
+def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, Any]:
     from persona_pruner.evaluation.losses import heldout_loss
 
-    config = tiny_config(path, steps=15, rows_per_step=5, keep_scores=True)
+    config = tiny_config(path, steps=steps, rows_per_step=5, keep_scores=True)
     backbone = load_backbone(config.backbone, world)
     held = sum(getattr(p, "ds_tensor", p).numel() for p in backbone.model.parameters())
     data = [persona_data(name) for name in NAMES]
-    if die_at and world.rank == 1:
-        config = config.model_copy(update={"learning": config.learning.model_copy(update={"steps": die_at})})
-        MaskTrainer(backbone, config).train(data, run_id="r")
-        os.kill(os.getpid(), signal.SIGKILL)
-    outcomes = MaskTrainer(backbone, config).train(data, run_id="r")
+
+    def see(progress: Progress) -> None:
+        if steps == FOREVER and progress.step == 3:
+            queue.put("under way")
+
+    outcomes = MaskTrainer(backbone, config).train(data, run_id="r", progress=see)
     loss = heldout_loss(backbone, config, data[0].description, data[0].heldout, None)
     return held, [o.mask and (o.mask.keep_LI.numpy(), o.mask.scores_LI.numpy()) for o in outcomes], loss
 
 
-def _world(path: Any, size: int, die_at: int = 0) -> tuple[list[Any], Any]:
+def _world(path: Any, size: int, steps: int = 15) -> tuple[list[Any], Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     spawn = multiprocessing.get_context("spawn")
     queue = spawn.Queue()
-    ranks = [spawn.Process(target=_rank, args=(str(path), r, size, port, queue, die_at)) for r in range(size)]
+    ranks = [spawn.Process(target=_rank, args=(str(path), r, size, port, queue, steps)) for r in range(size)]
     for process in ranks:
         process.start()
     return ranks, queue
@@ -59,7 +59,7 @@ def results(tmp_path_factory):
     found = {}
     for size in (1, 2):
         ranks, queue = _world(path, size)
-        found[size] = sorted([queue.get(timeout=150) for _ in range(size)], key=lambda answer: answer[0])
+        found[size] = sorted([queue.get(timeout=400) for _ in range(size)], key=lambda answer: answer[0])
         for process in ranks:
             process.join(30)
     return found
@@ -83,10 +83,14 @@ def test_the_heldout_loss_is_the_same_on_every_rank(results):
 
 
 def test_a_killed_shard_is_an_error_of_the_other_within_30_seconds(tmp_path):
-    ranks, queue = _world(save_tiny(tmp_path), 2, die_at=3)
-    ranks[1].join(120)
-    died = time.monotonic()
-    answer = queue.get(timeout=30)
-    assert time.monotonic() - died < 30
-    assert answer[:2] == (0, "error")
-    ranks[0].kill()
+    ranks, queue = _world(save_tiny(tmp_path), 2, FOREVER)
+    try:
+        assert queue.get(timeout=400) == "under way"
+        ranks[1].kill()
+        answer = queue.get(timeout=30)
+        while answer == "under way":
+            answer = queue.get(timeout=30)
+        assert answer[:2] == (0, "error")
+    finally:
+        for process in ranks:
+            process.kill()
