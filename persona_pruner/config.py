@@ -182,7 +182,7 @@ class SynthesisConfig(Section):
     tile_questions: Count = 64
     """Questions run together in a tile."""
     max_prompt_tokens: Count = 2048
-    """A question whose prompt is longer is left out and counted."""
+    """A question whose prompt is longer is left out and counted. References may take half of it."""
     actors: ActorsConfig = ActorsConfig()
 
 

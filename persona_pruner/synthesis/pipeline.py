@@ -103,6 +103,27 @@ def _run(job: _Job, blocks: list[list[Persona]]) -> Iterator[SynthesisResult]:
         yield SynthesisResult(result["id"], tuple(result["error"]) if result["error"] else None, result["counts"])
 
 
+@dataclass(frozen=True)
+class _Selected:
+    """A persona between scoring and rewriting."""
+
+    persona: Persona
+    scored: list[tuple[int, float]]
+    """(position in the pool, score) of what was selected."""
+    left_out: int
+    """Questions without a score: their prompts are too long."""
+    error: PersonaError | None = None
+
+    def to_json(self) -> str:
+        error = self.error and (self.error.cause, str(self.error))
+        return json.dumps([self.persona.id, self.persona.description, self.scored, self.left_out, error])
+
+    @classmethod
+    def from_json(cls, text: str) -> "_Selected":
+        name, description, scored, left_out, error = json.loads(text)
+        return cls(Persona(name, description), scored, left_out, PersonaError(*error) if error else None)
+
+
 class _TileActor:
     """Holds a DeepSpeed-initialized backbone; scores and selects, and rewrites too where the backbone is the voice."""
 
@@ -120,19 +141,26 @@ class _TileActor:
         for block in batch["personas"]:
             personas = [Persona(*row) for row in json.loads(block)]
             for persona, scores in self.sensitivity.tile(personas):
-                chosen = select_questions(
-                    self.job.config.synthesis.select,
-                    self.job.questions,
-                    scores,
-                    evaluation_questions(self.job.config, persona.id),
-                    f"{self.job.config.synthesis.seed}\0{persona.id}",
-                )
-                selection = [(i, float(scores[i])) for i in chosen]
+                row = _Selected(persona, *self._select(persona, scores))
                 if self.rewriter is not None:
-                    yield {"result": [answer_and_commit(self.job, self.storage, self.rewriter, persona, selection)]}
+                    yield {"result": [answer_and_commit(self.job, self.storage, self.rewriter, row)]}
                 else:
-                    row = {"id": persona.id, "description": persona.description, "selection": selection}
-                    yield {"selected": [json.dumps(row)]}
+                    yield {"selected": [row.to_json()]}
+
+    def _select(
+        self, persona: Persona, scores: torch.Tensor | PersonaError
+    ) -> tuple[list[tuple[int, float]], int, PersonaError | None]:
+        if isinstance(scores, PersonaError):
+            return [], 0, scores
+        try:
+            excluded = evaluation_questions(self.job.config, persona.id)
+        except PersonaError as error:
+            return [], 0, error
+        settings = self.job.config.synthesis
+        chosen = select_questions(
+            settings.select, self.job.questions, scores, excluded, f"{settings.seed}\0{persona.id}"
+        )
+        return [(i, float(scores[i])) for i in chosen], int(scores.isnan().sum()), None
 
 
 class _AnswerActor:
@@ -146,22 +174,23 @@ class _AnswerActor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         results = []
         for text in batch["selected"]:
-            row = json.loads(text)
-            persona = Persona(row["id"], row["description"])
-            results.append(answer_and_commit(self.job, self.storage, self.rewriter, persona, row["selection"]))
+            results.append(answer_and_commit(self.job, self.storage, self.rewriter, _Selected.from_json(text)))
         return {"result": results}
 
 
-def answer_and_commit(
-    job: Any, storage: Any, rewriter: Rewriter, persona: Persona, selection: Sequence[Sequence[float]]
-) -> str:
+def answer_and_commit(job: Any, storage: Any, rewriter: Rewriter, selected: _Selected) -> str:
     """Rewrite and store one persona. Returns the result as JSON; a persona's own fault is part of it."""
-    questions = [job.questions[int(i)] for i, _ in selection]
+    persona = selected.persona
     result: dict[str, Any] = {"id": persona.id, "error": None, "counts": {}}
     try:
+        if selected.error is not None:
+            raise selected.error
+        questions = [job.questions[i] for i, _ in selected.scored]
         answers = rewriter.answers(persona, questions) if questions else []
-        scores = [score for _, score in selection]
+        scores = [score for _, score in selected.scored]
         result["counts"] = records.commit(job.config, storage, persona, questions, scores, answers, rewriter.model)
+        if selected.left_out:
+            result["counts"]["prompt_too_long"] = selected.left_out
         for item in storage.list(layout.stored_answers(persona.id)):
             storage.delete(item.key)
     except PersonaError as error:
@@ -174,15 +203,18 @@ def answer_and_commit(
 
 
 def evaluation_questions(config: RunConfig, persona_id: str) -> set[str]:
-    """Folded questions that must not enter this persona's data, from `evaluation.questions`."""
+    """Folded questions that must not enter this persona's data, from `evaluation.questions`. Raises PersonaError."""
     directory = config.evaluation.questions
     if directory is None:
         return set()
     for name in (f"{persona_id}.json", f"{persona_id}.txt"):
         path = Path(directory) / name
         if path.is_file():
-            text = read_url(str(path)).decode("utf-8")
-            value = json.loads(text) if path.suffix == ".json" else text.splitlines()
+            try:
+                text = read_url(str(path)).decode("utf-8")
+                value = json.loads(text) if path.suffix == ".json" else text.splitlines()
+            except ValueError as error:
+                raise PersonaError("evaluation_questions", f"{path}: not readable: {error}") from None
             found = value.get("questions", []) if isinstance(value, dict) else value
             return {fold(question) for question in found if isinstance(question, str)}
     return set()

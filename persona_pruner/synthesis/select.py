@@ -1,6 +1,7 @@
 """Which of the scored questions a persona is trained on. Shape suffixes: Q questions."""
 
 import hashlib
+import math
 import re
 from collections.abc import Collection, Sequence
 
@@ -18,20 +19,19 @@ def select_questions(
     excluded: Collection[str] = (),
     seed: str = "",
 ) -> list[int]:
-    """Positions of the chosen questions, best first (ties: by question id).
+    """Positions of the chosen questions, best first (ties: by question id). A score of NaN is never chosen.
 
     `excluded` holds folded texts that must not be taken (the persona's evaluation questions). `random` draws by `seed`.
     """
     scores = scores_Q.tolist()
+    scored = [i for i, score in enumerate(scores) if not math.isnan(score)]
     if config.method == "random":
-        order = sorted(
-            range(len(questions)), key=lambda i: hashlib.sha256(f"{seed}{questions[i].id}".encode()).digest()
-        )
+        order = sorted(scored, key=lambda i: hashlib.sha256(f"{seed}{questions[i].id}".encode()).digest())
     else:
-        order = sorted(range(len(questions)), key=lambda i: (-scores[i], questions[i].id))
+        order = sorted(scored, key=lambda i: (-scores[i], questions[i].id))
     floor = {
         "threshold": config.threshold,
-        "quantile": torch.quantile(scores_Q.double(), config.quantile).item() if len(scores) else 0.0,
+        "quantile": torch.nanquantile(scores_Q.double(), config.quantile).item() if scored else 0.0,
     }.get(config.method)
     taken: list[int] = []
     words: list[set[str]] = []

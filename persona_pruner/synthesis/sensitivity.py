@@ -17,61 +17,114 @@ from persona_pruner.backbone.forward import Prefix, Runner, pad_rows
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.backbone.prompts import persona_prefix, question_suffix
 from persona_pruner.config import RunConfig
+from persona_pruner.errors import BackboneError, PersonaError
 from persona_pruner.manifest import Persona
 
 
 def choose_references(personas: Sequence[Persona], count: int, seed: int) -> list[Persona]:
-    """`count` + 1 personas by seed: the last one stands in where a target is itself among the others."""
+    """Candidates by seed. `Sensitivity` takes the first `count` + 1 that fit: one stands in where a target is itself
+    among the others; the rest replace personas whose description is too long."""
     ordered = sorted(personas, key=lambda p: hashlib.sha256(f"{seed}\0{p.id}\0{p.sha256}".encode()).digest())
-    return ordered[: count + 1]
+    return ordered[: 4 * (count + 1)]
 
 
 class Sensitivity:
     """Scores questions for personas with one backbone. A persona's scores depend on it, the references and the
-    questions only: every batch holds one persona and one fixed chunk of questions."""
+    questions only: every batch holds one persona and one fixed chunk of questions.
+
+    Raises BackboneError where fewer than two reference candidates fit in half of `synthesis.max_prompt_tokens`.
+    """
 
     def __init__(
         self, backbone: Backbone, config: RunConfig, questions: Sequence[str], references: Sequence[Persona]
     ) -> None:
-        self.config = config
-        self.questions = list(questions)
-        self.references = list(references)
+        self.count = config.synthesis.references.count
         self.runner = Runner(backbone)
-        self.tokenizer = backbone.tokenizer
+        self._tokenizer = backbone.tokenizer
+        self._system = config.prompt.system
+        self._questions = list(questions)
+        self._limit = config.synthesis.max_prompt_tokens
         self._layers = _decoder_layers(backbone.model)
         first, last = config.synthesis.layers or (0, len(self._layers) - 1)
         self._range = range(first, min(last, len(self._layers) - 1) + 1)
-        suffixes = self._suffixes("A person.")
+        self._plain = [self._suffix("A person.", question) for question in questions]
+        half = self._limit // 2
+        fitting = [p for p in references if len(self._prefix(p)) <= half][: self.count + 1]
+        if len(fitting) < min(2, len(references)):
+            raise BackboneError(
+                f"{len(fitting)} of {len(references)} reference personas fit in {half} tokens, half of "
+                "synthesis.max_prompt_tokens; raise it, or shorten the descriptions"
+            )
+        room = self._limit - max(len(self._prefix(p)) for p in fitting)
+        askable = [i for i, suffix in enumerate(self._plain) if suffix and len(suffix) <= room]
         size = config.synthesis.tile_questions
-        order = sorted(range(len(questions)), key=lambda i: (len(suffixes[i]), i))
+        order = sorted(askable, key=lambda i: (len(self._plain[i]), i))
         self.chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        with torch.no_grad():
+            self.references = [_Prompt(self, p) for p in fitting]
 
-    def _suffixes(self, description: str) -> list[list[int]]:
-        system = self.config.prompt.system
-        return [question_suffix(self.tokenizer, system, description, question) for question in self.questions]
+    def _prefix(self, persona: Persona) -> list[int]:
+        return persona_prefix(self._tokenizer, self._system, persona.description)
+
+    def _suffix(self, description: str, question: str) -> list[int]:
+        """Empty where the chat template has no place for this question."""
+        try:
+            return question_suffix(self._tokenizer, self._system, description, question)
+        except BackboneError:
+            return []
+
+    def suffixes(self, description: str) -> list[list[int]]:
+        """Tokens of every question behind this persona's prefix.
+
+        What stands behind the prefix is the same for all personas with nearly every template. Rendering thousands of
+        questions again for each persona would take longer than running them.
+        """
+        probes = [chunk[0] for chunk in self.chunks[:1] + self.chunks[-1:]]
+        if probes and all(self._suffix(description, self._questions[i]) == self._plain[i] for i in probes):
+            return self._plain
+        return [self._suffix(description, question) for question in self._questions]
 
     @torch.no_grad()
-    def tile(self, personas: Sequence[Persona]) -> Iterator[tuple[Persona, Tensor]]:
-        """(persona, scores float32 [Q]) for each persona of a tile, in order."""
-        prompts = {p.id: _Prompt(self, p) for p in [*self.references, *personas]}
-        scores = {p.id: torch.zeros(len(self.questions)) for p in personas}
+    def tile(self, personas: Sequence[Persona]) -> Iterator[tuple[Persona, Tensor | PersonaError]]:
+        """(persona, scores float32 [Q]) for each persona of a tile, in order; what is wrong with a persona in place of
+        its scores. A score is NaN where the question was left out: its prompt is too long, or cannot be rendered."""
+        prompts: dict[str, _Prompt] = {}
+        found: dict[str, Tensor | PersonaError] = {}
+        for persona in personas:
+            try:
+                prompts[persona.id] = _Prompt(self, persona)
+                found[persona.id] = torch.full((len(self._questions),), torch.nan)
+            except PersonaError as error:
+                found[persona.id] = error
         for chunk in self.chunks:
-            units = [prompts[p.id].unit_states(chunk) for p in self.references]
-            everyone = {p.id: unit for p, unit in zip(self.references, units, strict=True)}
-            for persona in personas:
-                others = [u for p, u in zip(self.references, units, strict=True) if not same(p, persona)]
+            units = [reference.unit_states(chunk) for reference in self.references]
+            for prompt in prompts.values():
+                others, own_LQD = [], None
+                for reference, unit in zip(self.references, units, strict=True):
+                    if same(reference.persona, prompt.persona):
+                        own_LQD = unit
+                    else:
+                        others.append(unit)
                 others = others[: self.count]
-                own_LQD = everyone.get(persona.id)
-                if own_LQD is None or not any(same(p, persona) for p in self.references):
-                    own_LQD = prompts[persona.id].unit_states(chunk)
-                sum_LQD = torch.stack(others).sum(0)
-                cosine_Q = (sum_LQD * own_LQD).sum(-1).mean(0)
-                scores[persona.id][chunk] = (1 - cosine_Q / len(others)).float().cpu()
-        yield from ((persona, scores[persona.id]) for persona in personas)
+                scores = found[prompt.persona.id]
+                assert isinstance(scores, Tensor)
+                if own_LQD is None:
+                    own_LQD = prompt.unit_states(chunk)
+                cosine_Q = (torch.stack(others).sum(0) * own_LQD).sum(-1).mean(0)
+                scores[chunk] = (1 - cosine_Q / len(others)).float().cpu()
+        for persona in personas:
+            yield persona, self._checked(found[persona.id], prompts.get(persona.id))
 
-    @property
-    def count(self) -> int:
-        return self.config.synthesis.references.count
+    def _checked(self, scores: Tensor | PersonaError, prompt: "_Prompt | None") -> Tensor | PersonaError:
+        if isinstance(scores, PersonaError) or prompt is None:
+            return scores
+        asked = torch.zeros(len(scores), dtype=torch.bool)
+        asked[[i for chunk in self.chunks for i in chunk]] = True
+        if not scores[asked].isfinite().all():
+            return PersonaError("not_finite", "the backbone's hidden states under this description are not finite")
+        room = self._limit - len(prompt.prefix_tokens)
+        left_out = torch.tensor([not suffix or len(suffix) > room for suffix in prompt.suffixes])
+        return scores.masked_fill(left_out, torch.nan)
 
     def states(self, tokens_QT: Tensor, lengths_Q: Tensor, prefix: Prefix | None) -> Tensor:
         """Hidden states [L, Q, D] after each block of the range, at the last token of each right-padded row."""
@@ -93,21 +146,28 @@ class Sensitivity:
 
 
 class _Prompt:
-    """One persona's prefix, run once, and its questions behind it."""
+    """One persona's prefix, run once, and its questions behind it. Raises PersonaError (prompt_too_long)."""
 
     def __init__(self, owner: Sensitivity, persona: Persona) -> None:
-        self.owner = owner
-        system = owner.config.prompt.system
-        self.prefix_tokens = persona_prefix(owner.tokenizer, system, persona.description)
-        self.suffixes = owner._suffixes(persona.description)
-        longest = max(map(len, self.suffixes))
+        self.owner, self.persona = owner, persona
+        self.prefix_tokens = owner._prefix(persona)
+        if len(self.prefix_tokens) >= owner._limit:
+            raise PersonaError(
+                "prompt_too_long",
+                f"the description makes a prompt of {len(self.prefix_tokens)} tokens, "
+                f"synthesis.max_prompt_tokens is {owner._limit}",
+            )
+        self.suffixes = owner.suffixes(persona.description)
+        longest = max((len(suffix) for suffix in self.suffixes if len(suffix) <= owner._limit), default=0)
         owner.runner.masks.set(None)
         shared = owner.runner.can_share([self.prefix_tokens], longest)
         self.prefix = owner.runner.prefix([self.prefix_tokens]) if shared else None
 
     def unit_states(self, chunk: Sequence[int]) -> Tensor:
         """Unit vectors [L, Q, D] (float32) of a chunk."""
-        rows = [self.suffixes[i] if self.prefix else [*self.prefix_tokens, *self.suffixes[i]] for i in chunk]
+        room = self.owner._limit - len(self.prefix_tokens)
+        suffixes = [self.suffixes[i][:room] or [self.owner.runner.pad] for i in chunk]
+        rows = suffixes if self.prefix else [[*self.prefix_tokens, *suffix] for suffix in suffixes]
         device = self.owner.runner.backbone.device
         tokens_QT = pad_rows(rows, self.owner.runner.pad).to(device)
         lengths_Q = torch.tensor([len(row) for row in rows], device=device)

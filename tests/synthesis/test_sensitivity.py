@@ -7,7 +7,9 @@ import torch
 from persona_pruner.backbone.prompts import persona_prefix, question_suffix
 from persona_pruner.config import check_config
 from persona_pruner.manifest import Persona
+from persona_pruner.synthesis.select import select_questions
 from persona_pruner.synthesis.sensitivity import Sensitivity, choose_references
+from persona_pruner.synthesis.sources import Question, question_id
 
 PERSONAS = [Persona(f"p{n}", f"A {'very ' * n}old person who likes {thing}") for n, thing in enumerate("abcdef")]
 QUESTIONS = ["Why?", "What do you do in the morning, when nobody looks?", "3 + 4?", "Who are you", "Tell " * 9 + "me."]
@@ -81,3 +83,40 @@ def test_references_are_seeded_and_do_not_depend_on_order():
     drawn = choose_references(PERSONAS, 3, 1)
     assert drawn == choose_references(PERSONAS[::-1], 3, 1)
     assert any(drawn != choose_references(PERSONAS, 3, seed) for seed in range(2, 9))
+
+
+def test_prompts_beyond_the_limit_are_left_out_and_the_rest_is_scored_as_without_them(tmp_path):
+    backbone = tiny_models.tiny(tmp_path)
+    references = choose_references(PERSONAS, 3, 0)
+    plain = _scored(backbone, config(), QUESTIONS, references, PERSONAS)
+    endless = Persona("endless", "A talker. " * 400)
+    questions = [*QUESTIONS, "word " * 20_000]
+    found = _scored(backbone, config(max_prompt_tokens=800), questions, [endless, *references], [endless, *PERSONAS])
+    assert found["endless"].cause == "prompt_too_long"
+    assert "synthesis.max_prompt_tokens is 800" in str(found["endless"])
+    for persona in PERSONAS:
+        assert found[persona.id][-1].isnan()
+        assert torch.allclose(found[persona.id][:-1], plain[persona.id], atol=1e-6)
+    chosen = select_questions(config().synthesis.select, _pool(questions), found["p0"])
+    assert sorted(chosen) == list(range(len(QUESTIONS)))
+
+
+def test_a_template_that_puts_the_persona_behind_the_question_is_scored_by_the_formula_too(tmp_path):
+    backbone = tiny_models.tiny(tmp_path)
+    backbone.tokenizer.chat_template = (
+        "{{ messages[-1]['content'] }} is asked to {{ messages[0]['content'] }}: answer {{ messages[-1]['content'] }}"
+    )
+    references = choose_references(PERSONAS, 3, 0)
+    found = _scored(backbone, config(), QUESTIONS, references, PERSONAS)
+    others = [p for p in references if p.id != "p1"][:3]
+    for number, question in enumerate(QUESTIONS):
+        expected = pairwise(backbone, config(), question, PERSONAS[1], others)
+        assert found["p1"][number].item() == pytest.approx(expected, abs=1e-5)
+
+
+def _scored(backbone, settings, questions, references, personas):
+    return {p.id: scores for p, scores in Sensitivity(backbone, settings, questions, references).tile(personas)}
+
+
+def _pool(questions):
+    return [Question(question_id(text), text, "") for text in questions]
