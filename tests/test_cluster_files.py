@@ -178,7 +178,7 @@ def test_two_local_nodes_take_a_job_with_a_token_only_and_end_together(tmp_path)
         refused = subprocess.run(words, env=env | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True)
         assert refused.returncode
     finally:
-        script.send_signal(signal.SIGINT if script.poll() is None else 0)
+        script.send_signal(signal.SIGTERM if script.poll() is None else 0)
         script.wait(60)
     deadline = time.time() + 30
     while (left := processes_with(f"127.0.0.1:{port}")) and time.time() < deadline:
