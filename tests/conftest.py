@@ -8,6 +8,8 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray's workers are nice to everybody else by default: another test that computes would stop them.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "manifests" / "quickstart"

@@ -1,6 +1,7 @@
 """What a run tells while it works: a live table or plain lines, status.json, TensorBoard events, Ray metrics."""
 
 import json
+import shutil
 import tempfile
 import threading
 import time
@@ -16,7 +17,7 @@ from persona_pruner import layout
 from persona_pruner.errors import StorageError
 from persona_pruner.scheduling.lease import holder
 from persona_pruner.scheduling.scheduler import Scheduler
-from persona_pruner.storage import LocalStorage, NotFoundError, Storage
+from persona_pruner.storage import NotFoundError, Storage
 
 STATUS_SECONDS = 5.0
 LINE_SECONDS = 10.0
@@ -63,9 +64,9 @@ class Watcher:
             self._writer.join()
         status = self.status(scheduler, state)
         self._board.write(scheduler)
-        self._board.close()
         self._metrics.write(status)
         self._write(status)
+        self._board.close()
 
     def status(self, scheduler: Scheduler, state: str) -> dict[str, Any]:
         counts = scheduler.states()
@@ -85,6 +86,7 @@ class Watcher:
             "groups": {"up": sum(g.usable for g in groups), "busy": sum(bool(g.tickets) for g in groups)},
             "groups_lost": scheduler.groups_lost,
             "retries": scheduler.retries,
+            "utilization": round(min(1.0, scheduler.busy_seconds / max(scheduler.pool.up_seconds, 1e-9)), 3),
             "tokens": scheduler.tokens,
             "tokens_a_second": round(scheduler.tokens / seconds, 1) if seconds else 0.0,
             "personas_an_hour": round(finished / seconds * 3600, 1) if seconds else 0.0,
@@ -100,6 +102,7 @@ class Watcher:
     def _write(self, status: dict[str, Any]) -> None:
         try:
             self._storage.put(layout.STATUS, json.dumps(status, indent=1).encode())
+            self._board.store()
         except StorageError as error:
             self._console.print(f"status could not be written: {error}", markup=False)
 
@@ -129,31 +132,34 @@ class Watcher:
 
 
 class _Board:
-    """TensorBoard events. On an object storage they are written beside and put there at the end."""
+    """TensorBoard events, written beside and copied to the output: where that has no room, the writer of the events
+    would die and leave its caller waiting."""
 
     def __init__(self, storage: Storage) -> None:
         from tensorboardX import SummaryWriter
 
         self._storage = storage
-        local = storage.root / layout.TENSORBOARD if isinstance(storage, LocalStorage) else None
-        self._directory = local or Path(tempfile.mkdtemp(prefix="persona-pruner-"))
-        self._writer = SummaryWriter(str(self._directory), flush_secs=30)
+        self._directory = Path(tempfile.mkdtemp(prefix="persona-pruner-"))
+        self._writer = SummaryWriter(str(self._directory))
         self._seen: set[str] = set()
 
     def write(self, scheduler: Scheduler) -> None:
         for name, count in scheduler.states().items():
             self._writer.add_scalar(f"trials/{name}", count, int(time.time()))
-        for trial in scheduler.trials.values():
+        for trial in list(scheduler.trials.values()):
             if trial.state == "TERMINATED" and trial.persona.id not in self._seen and trial.heldout_loss is not None:
                 self._seen.add(trial.persona.id)
                 self._writer.add_scalar("mask/heldout_loss", trial.heldout_loss, len(self._seen))
                 self._writer.add_scalar("mask/seconds", trial.seconds, len(self._seen))
+        self._writer.flush()
+
+    def store(self) -> None:
+        for file in self._directory.iterdir():
+            self._storage.put(f"{layout.TENSORBOARD}/{file.name}", file.read_bytes())
 
     def close(self) -> None:
         self._writer.close()
-        if not isinstance(self._storage, LocalStorage):
-            for file in self._directory.iterdir():
-                self._storage.put(f"{layout.TENSORBOARD}/{file.name}", file.read_bytes())
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 class _Metrics:

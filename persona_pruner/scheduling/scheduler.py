@@ -48,6 +48,8 @@ class Scheduler:
         self.retries = 0
         self.groups_lost = 0
         self.tokens = 0
+        self.busy_seconds = 0.0
+        """Time that groups have spent on finished calls."""
         self._waiting: list[tuple[float, int, int, str]] = []
         self._order = itertools.count()
         self._polls: list[Any] = []
@@ -131,6 +133,7 @@ class Scheduler:
     def _take_answer(self, event: PoolEvent, ticket: Ticket) -> None:
         if event.kind == "result":
             for result in event.value:
+                self.busy_seconds += result["busy_seconds"]
                 self._change(result["id"], _event_of(result))
             return
         for persona_id in ticket.what:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,12 @@ class ShardActor:
 
     def train(self, personas: Sequence[Persona]) -> list[dict[str, Any]]:
         """Train personas together and commit their masks. One plain result for each, in order."""
+        began = time.monotonic()
+        results = self._results(personas)
+        busy = (time.monotonic() - began) / len(personas)
+        return [result | {"busy_seconds": busy} for result in results]
+
+    def _results(self, personas: Sequence[Persona]) -> list[dict[str, Any]]:
         results: dict[str, dict[str, Any]] = {}
         data: list[PersonaData] = []
         restore: dict[str, bytes] = {}

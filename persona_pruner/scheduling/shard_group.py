@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -57,10 +57,11 @@ class Group:
     """Reference that resolves when the placement group has its resources."""
     actors: list[Any] = field(default_factory=list)
     starting: list[Any] = field(default_factory=list)
+    deadline: float = float("inf")
+    """Monotonic time by which its actors must have started."""
     info: list[dict[str, Any]] = field(default_factory=list)
     tickets: deque[Ticket] = field(default_factory=deque)
     idle_since: float = field(default_factory=time.monotonic)
-    busy_seconds: float = 0.0
 
     @property
     def usable(self) -> bool:
@@ -73,6 +74,9 @@ class GroupPool:
     def __init__(self, config: RunConfig, output: str, run_id: str) -> None:
         self.config, self.output, self.run_id = config, output, run_id
         self.groups: list[Group] = []
+        self.up_seconds = 0.0
+        """Time for which groups were up, over all of them."""
+        self._polled = time.monotonic()
         self._made = 0
         self._failed_starts = 0
 
@@ -106,6 +110,14 @@ class GroupPool:
 
     def poll(self, timeout: float) -> list[PoolEvent]:
         """What happened, waiting at most `timeout` seconds for something."""
+        now = time.monotonic()
+        self.up_seconds += sum(group.usable for group in self.groups) * (now - self._polled)
+        self._polled = now
+        late = [group for group in self.groups if group.starting and now > group.deadline]
+        if late:
+            limit = self.config.groups.timeout_seconds
+            late_error = GetTimeoutError(f"its actors have not started within groups.timeout_seconds = {limit:.0f}")
+            return [event for group in late for event in self._lose(group, late_error)]
         watched = self._watched()
         if not watched:
             time.sleep(timeout)
@@ -197,7 +209,7 @@ class GroupPool:
     def _lose(self, group: Group, error: RayError) -> list[PoolEvent]:
         tickets = list(group.tickets)
         message = f"group {group.name} was lost: {_line(error)}"
-        starting = not group.usable and isinstance(error, RayActorError)
+        starting = not group.usable and isinstance(error, RayActorError | GetTimeoutError)
         self._remove(group)
         if starting:
             self._failed_starts += 1
@@ -227,6 +239,7 @@ class GroupPool:
             ).remote(self.config, self.output, self.run_id)
             for index in range(settings.shards)
         ]
+        group.deadline = time.monotonic() + settings.timeout_seconds
         address = group.actors[0].address.remote()
         group.starting = [actor.start.remote(rank, settings.shards, address) for rank, actor in enumerate(group.actors)]
 

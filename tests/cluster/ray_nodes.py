@@ -1,0 +1,80 @@
+"""A Ray cluster of real nodes on this machine: each a `ray start --block` with its own directory, ended by its pid."""
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cluster_runs as runs
+from s3_server import free_port
+
+RAY = Path(sys.executable).parent / "ray"
+QUICK_HEALTH = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""A dead node is noticed in 2 s, not in 15 s."""
+
+
+class Nodes:
+    """A head node, and more as they are added. Use as a context manager."""
+
+    def __init__(self, head_cpus: int) -> None:
+        # Ray's socket names must stay under 107 bytes, which pytest's own directories do not leave room for.
+        self.directory = Path(f"/tmp/pp-{secrets.token_hex(3)}")
+        self.port = free_port()
+        self.env = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"} | QUICK_HEALTH
+        self.env.pop("RAY_ADDRESS", None)
+        self.nodes: list[subprocess.Popen] = []
+        self._start(
+            head_cpus, "--head", f"--port={self.port}", "--include-dashboard=false",
+            f"--ray-client-server-port={free_port()}",
+        )  # fmt: skip
+        runs.wait_for(lambda: self._answers(), 60)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def add(self, cpus: int = 1) -> subprocess.Popen:
+        return self._start(cpus, f"--address={self.address}")
+
+    def job(self, output, *overrides, **options) -> subprocess.Popen:
+        env = {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "disabled"}
+        return runs.start(output, *overrides, env=env, **options)
+
+    def _start(self, cpus: int, *words: str) -> subprocess.Popen:
+        directory = self.directory / f"n{len(self.nodes)}"
+        directory.mkdir(parents=True)
+        command = [
+            RAY, "start", "--block", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", f"--temp-dir={directory}",
+            f"--dashboard-agent-listen-port={free_port()}", *words,
+        ]  # fmt: skip
+        with (directory / "log").open("w") as log:
+            node = subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True)
+        self.nodes.append(node)
+        return node
+
+    def _answers(self) -> bool:
+        words = [RAY, "health-check", "--address", self.address]
+        return subprocess.run(words, env=self.env, capture_output=True).returncode == 0
+
+    def __enter__(self) -> "Nodes":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for node in reversed(self.nodes):
+            if node.poll() is None:
+                runs.kill_tree(node)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def kill_raylet(node: subprocess.Popen) -> None:
+    """SIGKILL of a node's raylet; its workers end with it, as Ray has them do."""
+    (raylet,) = (pid for pid in runs.pids_of(node, "/raylet/raylet\0"))
+    os.kill(raylet, signal.SIGKILL)
