@@ -12,7 +12,7 @@ READY := .venv/ready
 export RAY_AUTH_MODE ?= disabled
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
 
-.PHONY: help quickstart test lint bench clean
+.PHONY: help quickstart test lint faults bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show these targets
@@ -36,6 +36,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+faults: $(READY) ## Every fault of the test suite, and the seconds that it costs
+	$(BIN)/python -m pytest -q tests/cluster --seconds-lost
 
 bench: $(READY) ## Every benchmark; the last line of each is JSON
 	for benchmark in $(filter-out %/persona_text.py,$(wildcard tests/benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done

@@ -29,25 +29,34 @@ UNCONDITIONAL = "unconditional"
 @dataclass
 class Faults:
     target: str
-    kind: str = ""
+    kinds: tuple[str, ...] = ()
     times: float = 0
+    share: float = 1
     method: str = ""
     """Only requests of this method; all where empty."""
     path: str = ""
     """Only requests whose path holds this."""
     url: str = ""
+    requests: int = 0
     seen: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def plan(self, kind: str, times: float = float("inf"), method: str = "", path: str = "") -> None:
-        self.kind, self.times, self.method, self.path, self.seen = kind, times, method, path, 0
+    def plan(
+        self, *kinds: str, times: float = float("inf"), method: str = "", path: str = "", share: float = 1
+    ) -> None:
+        """From now on this `share` of the requests has a fault, the kinds in turn, at most `times` in all."""
+        self.kinds, self.times, self.method, self.path, self.share = kinds, times, method, path, share
+        self.requests = self.seen = 0
 
     def take(self, method: str, path: str) -> str:
         with self.lock:
             if self.seen >= self.times or (self.method and method != self.method) or self.path not in path:
                 return ""
+            self.requests += 1
+            if int(self.requests * self.share) == int((self.requests - 1) * self.share):
+                return ""
             self.seen += 1
-            return self.kind
+            return self.kinds[self.seen % len(self.kinds)]
 
 
 @contextmanager

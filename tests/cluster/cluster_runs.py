@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,12 @@ def data(output: Path) -> dict[str, str]:
         file.parent.name: sha256(file.read_bytes()).hexdigest()
         for file in Path(output).glob("synthesis/personas/*/data.parquet")
     }
+
+
+def with_data_of(undisturbed, to: Path) -> Path:
+    """An output whose synthesis is done."""
+    shutil.copytree(undisturbed / "synthesis", to / "synthesis")
+    return to
 
 
 def wait_for(what, seconds=120):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import cluster_runs as runs
+import yaml
 from s3_server import free_port
 
 RAY = Path(sys.executable).parent / "ray"
@@ -21,21 +22,57 @@ QUICK_HEALTH = {
 """A dead node is noticed in 2 s, not in 15 s."""
 
 
-class Nodes:
-    """A head node, and more as they are added. Use as a context manager."""
+AUTOSCALED_PORT = 6379
+"""The nodes that Ray's fake provider starts look for their head here."""
 
-    def __init__(self, head_cpus: int) -> None:
+
+class Nodes:
+    """A head node, and more as they are added. Use as a context manager.
+
+    With `autoscaled`, Ray's autoscaler adds up to so many nodes of one CPU through its fake provider, and takes them
+    away again once they are idle.
+    """
+
+    def __init__(self, head_cpus: int, autoscaled: int = 0) -> None:
         # Ray's socket names must stay under 107 bytes, which pytest's own directories do not leave room for.
         self.directory = Path(f"/tmp/pp-{secrets.token_hex(3)}")
-        self.port = free_port()
+        self.port = AUTOSCALED_PORT if autoscaled else free_port()
         self.env = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"} | QUICK_HEALTH
         self.env.pop("RAY_ADDRESS", None)
         self.nodes: list[subprocess.Popen] = []
-        self._start(
-            head_cpus, "--head", f"--port={self.port}", "--include-dashboard=false",
-            f"--ray-client-server-port={free_port()}",
-        )  # fmt: skip
+        words = ["--head", f"--port={self.port}", "--include-dashboard=false"]
+        if autoscaled:
+            self.env |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+            words.append(f"--autoscaling-config={self._autoscaler(head_cpus, autoscaled)}")
+        self._start(head_cpus, *words, f"--ray-client-server-port={free_port()}")
         runs.wait_for(lambda: self._answers(), 60)
+
+    def _autoscaler(self, head_cpus: int, nodes: int) -> Path:
+        kinds = {
+            "ray.head.default": {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0},
+            "node": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": nodes},
+        }
+        provider = {"type": "fake_multinode"} | dict.fromkeys(
+            ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check"), True
+        )
+        lists = ("cluster_synced_files", "initialization_commands", "setup_commands", "head_setup_commands")
+        lists += ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+        settings = {
+            "cluster_name": "test", "provider": provider, "available_node_types": kinds, "max_workers": nodes,
+            "head_node_type": "ray.head.default", "idle_timeout_minutes": 0.1, "upscaling_speed": 1.0, "docker": {},
+            "auth": {}, "file_mounts": {}, "file_mounts_sync_continuously": False, **{name: [] for name in lists},
+        }  # fmt: skip
+        self.directory.mkdir()
+        file = self.directory / "autoscaler.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        return file
+
+    def alive(self) -> int:
+        """Nodes that Ray holds to be alive, the head among them."""
+        script = f"import ray; ray.init({self.address!r}, log_to_driver=False, logging_level='ERROR'); "
+        script += "print(sum(node['Alive'] for node in ray.nodes()))"
+        done = subprocess.run([sys.executable, "-c", script], env=self.env, capture_output=True, text=True)
+        return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
 
     @property
     def address(self) -> str:

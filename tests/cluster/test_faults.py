@@ -17,12 +17,6 @@ def assert_same(output, undisturbed):
     assert runs.checkpoints(output) == []
 
 
-def with_data_of(undisturbed, to):
-    """An output whose synthesis is done."""
-    shutil.copytree(undisturbed / "synthesis", to / "synthesis")
-    return to
-
-
 def test_second_submission_does_nothing_and_a_deleted_mask_is_made_again(undisturbed, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(undisturbed, output)
@@ -40,51 +34,68 @@ def test_second_submission_does_nothing_and_a_deleted_mask_is_made_again(undistu
     assert {file: file.stat().st_mtime_ns for file in kept} == {file: before[file] for file in kept}
 
 
-def test_training_actor_killed_in_mid_step(undisturbed, tmp_path):
-    output = with_data_of(undisturbed, tmp_path / "out")
-    job = runs.start(output)
-    runs.wait_for(lambda: runs.checkpoints(output))
-    victims = runs.pids_of(job, "ShardActor.train")
-    assert victims
-    for pid in victims:
-        os.kill(pid, signal.SIGKILL)
-    text, _ = job.communicate(timeout=240)
+def test_training_actor_killed_in_mid_step(undisturbed, tmp_path, cost):
+    output = runs.with_data_of(undisturbed, tmp_path / "out")
+    with cost("SIGKILL of the training actors in mid-step"):
+        job = runs.start(output)
+        runs.wait_for(lambda: runs.checkpoints(output))
+        victims = runs.pids_of(job, "ShardActor.train")
+        assert victims
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        text, _ = job.communicate(timeout=240)
     assert job.returncode == 0, text
     assert "is tried again" in text
     assert_same(output, undisturbed)
 
 
-def test_driver_killed_twice_then_submitted_again(undisturbed, tmp_path):
+def test_scoring_actor_killed_in_the_middle(undisturbed, tmp_path, cost):
     output = tmp_path / "out"
-    job = runs.start(output)
-    runs.wait_for(lambda: runs.data(output))
-    runs.kill_tree(job)
-    job = runs.start(output)
-    runs.wait_for(lambda: runs.checkpoints(output))
-    runs.kill_tree(job)
-    code, text = runs.run(output)
+    with cost("SIGKILL of the scoring actors", whole=True):
+        job = runs.start(output)
+        runs.wait_for(lambda: runs.data(output))
+        victims = runs.pids_of(job, "ray::MapWorker")
+        assert victims
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        text, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, text
+    assert_same(output, undisturbed)
+
+
+def test_driver_killed_twice_then_submitted_again(undisturbed, tmp_path, cost):
+    output = tmp_path / "out"
+    with cost("SIGKILL of the driver with its Ray, twice", whole=True):
+        job = runs.start(output)
+        runs.wait_for(lambda: runs.data(output))
+        runs.kill_tree(job)
+        job = runs.start(output)
+        runs.wait_for(lambda: runs.checkpoints(output))
+        runs.kill_tree(job)
+        code, text = runs.run(output)
     assert code == 0, text
     assert_same(output, undisturbed)
 
 
-def test_sigterm_checkpoints_and_leaves_within_20_seconds(undisturbed, tmp_path):
-    output = with_data_of(undisturbed, tmp_path / "out")
-    job = runs.start(output)
-    runs.wait_for(lambda: runs.checkpoints(output))
-    began = time.monotonic()
-    job.send_signal(signal.SIGTERM)
-    text, _ = job.communicate(timeout=60)
-    assert time.monotonic() - began < 20
-    assert job.returncode == 75, text
-    assert runs.status(output)["state"] == "stopped"
-    assert not list(output.glob("lease/*"))
-    code, text = runs.run(output)
+def test_sigterm_checkpoints_and_leaves_within_20_seconds(undisturbed, tmp_path, cost):
+    output = runs.with_data_of(undisturbed, tmp_path / "out")
+    with cost("SIGTERM, then submitted again"):
+        job = runs.start(output)
+        runs.wait_for(lambda: runs.checkpoints(output))
+        began = time.monotonic()
+        job.send_signal(signal.SIGTERM)
+        text, _ = job.communicate(timeout=60)
+        assert time.monotonic() - began < 20
+        assert job.returncode == 75, text
+        assert runs.status(output)["state"] == "stopped"
+        assert not list(output.glob("lease/*"))
+        code, text = runs.run(output)
     assert code == 0, text
     assert_same(output, undisturbed)
 
 
 def test_second_job_on_one_output_is_told_who_works_there(undisturbed, tmp_path):
-    output = with_data_of(undisturbed, tmp_path / "out")
+    output = runs.with_data_of(undisturbed, tmp_path / "out")
     job = runs.start(output)
     runs.wait_for(lambda: list(output.glob("lease/*.json")))
     code, text = runs.run(output)
@@ -100,7 +111,7 @@ def test_poisoned_personas_end_in_errors_and_the_rest_end_well(undisturbed, tmp_
 
     import pyarrow.parquet as pq
 
-    output = with_data_of(undisturbed, tmp_path / "out")
+    output = runs.with_data_of(undisturbed, tmp_path / "out")
     long, empty, fine = sorted((output / "synthesis" / "personas").iterdir())
     for directory, change in ((long, "x " * 100_000), (empty, None)):
         table = pq.read_table(directory / "data.parquet")

@@ -1,21 +1,16 @@
 """The main job on real Ray nodes that come and go, on shard groups of two, and on a disk that fills up."""
 
 import os
-import shutil
 import signal
+import socket
 import subprocess
 import time
 
 import cluster_runs as runs
 import pytest
-from ray_nodes import Nodes, kill_raylet
+from ray_nodes import AUTOSCALED_PORT, Nodes, kill_raylet
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
-
-
-def with_data_of(undisturbed, to):
-    shutil.copytree(undisturbed / "synthesis", to / "synthesis")
-    return to
 
 
 def groups_up(output):
@@ -23,15 +18,16 @@ def groups_up(output):
     return runs.status(output)["groups"]["up"] if file.exists() else 0
 
 
-def test_node_killed_with_its_group_and_another_that_comes_later(undisturbed, tmp_path):
-    output = with_data_of(undisturbed, tmp_path / "out")
+def test_node_killed_with_its_group_and_another_that_comes_later(undisturbed, tmp_path, cost):
+    output = runs.with_data_of(undisturbed, tmp_path / "out")
     with Nodes(head_cpus=0) as nodes:
         first = nodes.add()
-        job = nodes.job(output)
-        runs.wait_for(lambda: runs.checkpoints(output))
-        kill_raylet(first)
-        nodes.add()
-        text, _ = job.communicate(timeout=240)
+        with cost("SIGKILL of a raylet with its group, another node comes"):
+            job = nodes.job(output)
+            runs.wait_for(lambda: runs.checkpoints(output))
+            kill_raylet(first)
+            nodes.add()
+            text, _ = job.communicate(timeout=240)
     assert job.returncode == 0, text
     assert "is tried again" in text
     assert runs.masks(output) == runs.masks(undisturbed)
@@ -39,7 +35,7 @@ def test_node_killed_with_its_group_and_another_that_comes_later(undisturbed, tm
 
 
 def test_node_added_is_used_within_30_seconds_and_its_going_does_not_end_the_run(undisturbed, tmp_path):
-    output = with_data_of(undisturbed, tmp_path / "out")
+    output = runs.with_data_of(undisturbed, tmp_path / "out")
     settings = ("learning.steps=250", "groups.max=2", "groups.num_cpus=1")
     with Nodes(head_cpus=1) as nodes:
         job = nodes.job(output, *settings)
@@ -54,20 +50,39 @@ def test_node_added_is_used_within_30_seconds_and_its_going_does_not_end_the_run
     assert len(runs.masks(output)) == 3
 
 
-def test_one_shard_of_two_killed(undisturbed, tmp_path):
+def test_waiting_personas_make_the_autoscaler_add_nodes_and_idle_nodes_go(undisturbed, tmp_path):
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", AUTOSCALED_PORT)) == 0:
+            pytest.skip(f"another Ray listens at port {AUTOSCALED_PORT}, the only one that Ray's fake provider knows")
+    output = runs.with_data_of(undisturbed, tmp_path / "out")
+    with Nodes(head_cpus=0, autoscaled=2) as nodes:
+        assert nodes.alive() == 1
+        job = nodes.job(output, "groups.max=3", "groups.num_cpus=1", "learning.steps=60")
+        runs.wait_for(lambda: groups_up(output) == 2)
+        assert nodes.alive() == 3
+        text, _ = job.communicate(timeout=240)
+        assert job.returncode == 0, text
+        assert len(runs.masks(output)) == 3
+        runs.wait_for(lambda: nodes.alive() == 1, 60)
+
+
+def test_one_shard_of_two_killed(undisturbed, tmp_path, cost):
     settings = ("groups.shards=2", "groups.max=1", "groups.num_cpus=0.5", "learning.steps=12")
-    calm, output = (with_data_of(undisturbed, tmp_path / name) for name in ("calm", "out"))
-    code, text = runs.run(calm, *settings, personas=1)
-    assert code == 0, text
-    job = runs.start(output, *settings, personas=1)
-    runs.wait_for(lambda: runs.checkpoints(output))
-    shards = runs.pids_of(job, "ray::ShardActor")
-    assert len(shards) == 2
-    os.kill(shards[1], signal.SIGKILL)
+    calm, output = (runs.with_data_of(undisturbed, tmp_path / name) for name in ("calm", "out"))
     began = time.monotonic()
-    runs.wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in shards), 30)
-    assert time.monotonic() - began < 30
-    text, _ = job.communicate(timeout=240)
+    code, text = runs.run(calm, *settings, personas=1)
+    calm_seconds = time.monotonic() - began
+    assert code == 0, text
+    with cost("SIGKILL of one shard of two", calm=calm_seconds):
+        job = runs.start(output, *settings, personas=1)
+        runs.wait_for(lambda: runs.checkpoints(output))
+        shards = runs.pids_of(job, "ray::ShardActor")
+        assert len(shards) == 2
+        os.kill(shards[1], signal.SIGKILL)
+        began = time.monotonic()
+        runs.wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in shards), 30)
+        assert time.monotonic() - began < 30
+        text, _ = job.communicate(timeout=240)
     assert job.returncode == 0, text
     assert "group g1 was lost" in text
     assert "group g2 was lost" not in text
@@ -86,18 +101,19 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", directory], check=True)
 
 
-def test_full_disk_is_one_line_and_a_new_submission_goes_on_once_there_is_room(undisturbed, small_disk):
-    output = with_data_of(undisturbed, small_disk / "out")
-    job = runs.start(output, "scheduler.max_failures=0", "storage.deadline_seconds=3")
-    runs.wait_for(lambda: runs.checkpoints(output))
-    filler = small_disk / "filler"
-    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4096"], capture_output=True)
-    text, _ = job.communicate(timeout=120)
-    assert job.returncode == 4, text
-    assert "No space left" in text
-    assert "Traceback" not in text
-    filler.unlink()
-    code, text = runs.run(output)
+def test_full_disk_is_one_line_and_a_new_submission_goes_on_once_there_is_room(undisturbed, small_disk, cost):
+    output = runs.with_data_of(undisturbed, small_disk / "out")
+    with cost("Full disk, room made, submitted again"):
+        job = runs.start(output, "scheduler.max_failures=0", "storage.deadline_seconds=3")
+        runs.wait_for(lambda: runs.checkpoints(output))
+        filler = small_disk / "filler"
+        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4096"], capture_output=True)
+        text, _ = job.communicate(timeout=120)
+        assert job.returncode == 4, text
+        assert "No space left" in text
+        assert "Traceback" not in text
+        filler.unlink()
+        code, text = runs.run(output)
     assert code == 0, text
     assert runs.masks(output) == runs.masks(undisturbed)
     assert runs.checkpoints(output) == []

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import cluster_runs as runs
 import pytest
+import storage_faults
 from s3_server import free_port, new_bucket
 
 from persona_pruner import MaskStore
@@ -101,23 +102,24 @@ def test_submit_without_token_or_server_is_one_line(head, tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_job_stop_checkpoints_and_a_new_submission_goes_on(head, undisturbed, tmp_path):
+def test_job_stop_checkpoints_and_a_new_submission_goes_on(head, undisturbed, tmp_path, cost):
     output = tmp_path / "out"
     words = ["submit", "--address", head.address, "--output", str(output), "--config", "manifests/quickstart/run.yaml"]
     settings = [word for setting in runs.SMALL for word in ("--set", setting)]
     manifest = tmp_path / "three.jsonl"
     manifest.write_text("".join(f"{line}\n" for line in (runs.EXAMPLE / "personas.jsonl").read_text().splitlines()[:3]))
-    follower = subprocess.Popen(
-        [BIN / "persona-pruner", *words, str(manifest), *settings],
-        cwd=runs.ROOT, env=head.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    job = next(line.split()[-1] for line in follower.stdout if line.startswith("submitted as"))
-    runs.wait_for(lambda: runs.checkpoints(output))
-    subprocess.run([BIN / "ray", "job", "stop", "--address", head.address, job], env=head.env, check=True)
-    text, _ = follower.communicate(timeout=120)
-    assert "submit again to go on" in text
-    again = submit(head, runs.command(output))
-    text, _ = again.communicate(timeout=240)
+    with cost("ray job stop, then submitted again", whole=True):
+        follower = subprocess.Popen(
+            [BIN / "persona-pruner", *words, str(manifest), *settings],
+            cwd=runs.ROOT, env=head.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        job = next(line.split()[-1] for line in follower.stdout if line.startswith("submitted as"))
+        runs.wait_for(lambda: runs.checkpoints(output))
+        subprocess.run([BIN / "ray", "job", "stop", "--address", head.address, job], env=head.env, check=True)
+        text, _ = follower.communicate(timeout=120)
+        assert "submit again to go on" in text
+        again = submit(head, runs.command(output))
+        text, _ = again.communicate(timeout=240)
     assert again.returncode == 0, text
     assert runs.masks(output) == runs.masks(undisturbed)
 
@@ -135,7 +137,24 @@ def test_s3_output_gives_the_same_masks_bit_for_bit(real_s3, undisturbed, monkey
     assert store.verify() == 3
 
 
-def test_server_that_is_gone_for_20_seconds_costs_nothing_but_time(real_s3, undisturbed, monkeypatch):
+def test_a_third_of_all_s3_calls_failing_changes_nothing(real_s3, undisturbed, monkeypatch, cost):
+    for name, value in real_s3.items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{new_bucket(real_s3)}/run"
+    with storage_faults.proxy(real_s3["AWS_ENDPOINT_URL"]) as faults:
+        faults.plan(storage_faults.BUSY, storage_faults.CUT, storage_faults.LOST, share=0.3)
+        with cost("30% of S3 calls refused, cut, or told to have failed", whole=True):
+            code, text = runs.run(url, env={"AWS_ENDPOINT_URL": faults.url})
+        assert code == 0, text
+        assert faults.seen > 20
+    store = MaskStore(url)
+    found = {persona: sha256(store.read(persona)[0]).hexdigest() for persona in store.ids()}
+    assert found == runs.masks(undisturbed)
+    assert store.verify() == 3
+    assert not list(store.storage.list("checkpoints/"))
+
+
+def test_server_that_is_gone_for_20_seconds_costs_nothing_but_time(real_s3, undisturbed, monkeypatch, cost):
     """The server's process is stopped (SIGSTOP) and continued, as in a long pause."""
     servers = [
         int(entry.name)
@@ -147,14 +166,15 @@ def test_server_that_is_gone_for_20_seconds_costs_nothing_but_time(real_s3, undi
     for name, value in real_s3.items():
         monkeypatch.setenv(name, value)
     bucket = new_bucket(real_s3)
-    job = runs.start(f"s3://{bucket}/run")
-    runs.wait_for(lambda: list(MaskStore(f"s3://{bucket}/run").storage.list("synthesis/")))
-    for pid in servers:
-        os.kill(pid, signal.SIGSTOP)
-    time.sleep(20)
-    for pid in servers:
-        os.kill(pid, signal.SIGCONT)
-    text, _ = job.communicate(timeout=240)
+    with cost("S3 server stopped for 20 s", whole=True):
+        job = runs.start(f"s3://{bucket}/run")
+        runs.wait_for(lambda: list(MaskStore(f"s3://{bucket}/run").storage.list("synthesis/")))
+        for pid in servers:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(20)
+        for pid in servers:
+            os.kill(pid, signal.SIGCONT)
+        text, _ = job.communicate(timeout=240)
     assert job.returncode == 0, text
     store = MaskStore(f"s3://{bucket}/run")
     found = {persona: sha256(store.read(persona)[0]).hexdigest() for persona in store.ids()}
