@@ -12,8 +12,8 @@ import uuid
 from pathlib import Path
 
 import boto3
+import http_faults as faults
 import pytest
-import storage_faults as faults
 from s3_server import new_bucket, second_user
 from test_mask import mask
 

@@ -7,11 +7,11 @@ from rich.table import Table
 
 from persona_pruner.errors import PersonaError, UserError
 from persona_pruner.storage import Storage
-from persona_pruner.synthesis.records import read_table
+from persona_pruner.synthesis.records import NOT_SELECTED, read_table
 
 
 def inspect_persona(storage: Storage, persona_id: str, count: int = 5) -> dict[str, Any]:
-    """Most and least sensitive of the selected questions, and answers before and after. Raises UserError."""
+    """Most and least sensitive questions, and answers before and after. Raises UserError."""
     try:
         rows = read_table(storage, persona_id).to_pylist()
     except PersonaError as error:
@@ -20,7 +20,8 @@ def inspect_persona(storage: Storage, persona_id: str, count: int = 5) -> dict[s
     outcomes: dict[str, int] = {}
     for row in rows:
         outcomes[row["filter"]] = outcomes.get(row["filter"], 0) + 1
-    shown = [{key: row[key] for key in ("question", "score")} for row in ordered]
+    distinct = {row["question_id"]: row for row in ordered}.values()
+    shown = [{key: row[key] for key in ("question", "score")} for row in distinct]
     return {
         "persona_id": persona_id,
         "rows": len(rows),
@@ -30,7 +31,9 @@ def inspect_persona(storage: Storage, persona_id: str, count: int = 5) -> dict[s
         "most_sensitive": shown[:count],
         "least_sensitive": shown[-count:],
         "answers": [
-            {key: row[key] for key in ("question", "original_answer", "answer", "filter")} for row in ordered[:count]
+            {key: row[key] for key in ("question", "original_answer", "answer", "filter")}
+            for row in ordered[:count]
+            if row["filter"] != NOT_SELECTED
         ],
     }
 

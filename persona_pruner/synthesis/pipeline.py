@@ -26,6 +26,9 @@ from persona_pruner.synthesis.select import select_questions
 from persona_pruner.synthesis.sensitivity import Sensitivity, choose_references
 from persona_pruner.synthesis.sources import Question, fold, load_questions
 
+LEAST_KEPT = 5
+"""Questions that a persona's data keep although nobody was asked: those that reveal it least."""
+
 
 @dataclass(frozen=True)
 class SynthesisResult:
@@ -110,18 +113,20 @@ class _Selected:
     persona: Persona
     scored: list[tuple[int, float]]
     """(position in the pool, score) of what was selected."""
-    left_out: int
+    least: list[tuple[int, float]] = field(default_factory=list)
+    """The same of the least sensitive questions, which nobody is asked."""
+    left_out: int = 0
     """Questions without a score: their prompts are too long."""
     error: PersonaError | None = None
 
     def to_json(self) -> str:
         error = self.error and (self.error.cause, str(self.error))
-        return json.dumps([self.persona.id, self.persona.description, self.scored, self.left_out, error])
+        return json.dumps([self.persona.id, self.persona.description, self.scored, self.least, self.left_out, error])
 
     @classmethod
     def from_json(cls, text: str) -> "_Selected":
-        name, description, scored, left_out, error = json.loads(text)
-        return cls(Persona(name, description), scored, left_out, PersonaError(*error) if error else None)
+        name, description, scored, least, left_out, error = json.loads(text)
+        return cls(Persona(name, description), scored, least, left_out, PersonaError(*error) if error else None)
 
 
 class _TileActor:
@@ -141,26 +146,27 @@ class _TileActor:
         for block in batch["personas"]:
             personas = [Persona(*row) for row in json.loads(block)]
             for persona, scores in self.sensitivity.tile(personas):
-                row = _Selected(persona, *self._select(persona, scores))
+                row = self._select(persona, scores)
                 if self.rewriter is not None:
                     yield {"result": [answer_and_commit(self.job, self.storage, self.rewriter, row)]}
                 else:
                     yield {"selected": [row.to_json()]}
 
-    def _select(
-        self, persona: Persona, scores: torch.Tensor | PersonaError
-    ) -> tuple[list[tuple[int, float]], int, PersonaError | None]:
+    def _select(self, persona: Persona, scores: torch.Tensor | PersonaError) -> _Selected:
         if isinstance(scores, PersonaError):
-            return [], 0, scores
+            return _Selected(persona, [], error=scores)
         try:
             excluded = evaluation_questions(self.job.config, persona.id)
         except PersonaError as error:
-            return [], 0, error
+            return _Selected(persona, [], error=error)
         settings = self.job.config.synthesis
         chosen = select_questions(
             settings.select, self.job.questions, scores, excluded, f"{settings.seed}\0{persona.id}"
         )
-        return [(i, float(scores[i])) for i in chosen], int(scores.isnan().sum()), None
+        taken = set(chosen)
+        others = [i for i in scores.argsort(stable=True).tolist() if i not in taken and not scores[i].isnan()]
+        scored, least = ([(i, float(scores[i])) for i in part] for part in (chosen, others[:LEAST_KEPT]))
+        return _Selected(persona, scored, least, int(scores.isnan().sum()))
 
 
 class _AnswerActor:
@@ -188,7 +194,10 @@ def answer_and_commit(job: Any, storage: Any, rewriter: Rewriter, selected: _Sel
         questions = [job.questions[i] for i, _ in selected.scored]
         answers = rewriter.answers(persona, questions) if questions else []
         scores = [score for _, score in selected.scored]
-        result["counts"] = records.commit(job.config, storage, persona, questions, scores, answers, rewriter.model)
+        least = [(job.questions[i], score) for i, score in selected.least]
+        result["counts"] = records.commit(
+            job.config, storage, persona, questions, scores, answers, rewriter.model, least
+        )
         if selected.left_out:
             result["counts"]["prompt_too_long"] = selected.left_out
         for item in storage.list(layout.stored_answers(persona.id)):

@@ -35,6 +35,10 @@ SCHEMA = pa.schema(
 )
 
 
+NOT_SELECTED = "not_selected"
+"""Value of the column `filter` of a question that was scored and neither selected nor answered."""
+
+
 @dataclass(frozen=True)
 class Answer:
     text: str
@@ -55,31 +59,38 @@ def commit(
     scores: Sequence[float],
     answers: Sequence[Sequence[Answer]],
     model: str,
+    passed_over: Sequence[tuple[Question, float]] = (),
 ) -> dict[str, int]:
     """Filter and store a persona's rows in one object. Returns rows by filter outcome.
 
-    answers: for each question its samples. Raises PersonaError (few_answers) with the counts.
+    answers: for each question its samples. passed_over: questions with scores that are kept beside, unanswered, to show
+    what this persona's answers do not depend on. Raises PersonaError (few_answers) with the counts.
     """
     rows: list[dict[str, Any]] = []
+
+    def add(question: Question, score: float, verdict: str, answer: str = "", split: str = "", sample: int = 0) -> None:
+        rows.append(
+            {
+                "question_id": question.id,
+                "question": question.text,
+                "original_answer": question.answer,
+                "answer": answer,
+                "score": score,
+                "backend": config.synthesis.rewrite.backend,
+                "model": model,
+                "filter": verdict,
+                "split": split,
+                "sample": sample,
+            }
+        )
+
     for question, score, samples in zip(questions, scores, answers, strict=True):
+        split = split_of(question.id, config.synthesis.heldout_fraction)
         for number, sample in enumerate(samples):
             verdict = filters.outcome(
                 config.synthesis.filter, question.text, question.answer, sample.text, sample.finished
             )
-            rows.append(
-                {
-                    "question_id": question.id,
-                    "question": question.text,
-                    "original_answer": question.answer,
-                    "answer": sample.text,
-                    "score": score,
-                    "backend": config.synthesis.rewrite.backend,
-                    "model": model,
-                    "filter": verdict,
-                    "split": split_of(question.id, config.synthesis.heldout_fraction),
-                    "sample": number,
-                }
-            )
+            add(question, score, verdict, sample.text, split, number)
     counts = dict(sorted(Counter(row["filter"] for row in rows).items()))
     usable = counts.get("ok", 0)
     if usable < config.synthesis.filter.min_answers:
@@ -88,6 +99,8 @@ def commit(
             "few_answers",
             f"{usable} usable answers, synthesis.filter.min_answers is {config.synthesis.filter.min_answers} ({told})",
         )
+    for question, score in passed_over:
+        add(question, score, NOT_SELECTED)
     stream = io.BytesIO()
     metadata = {"persona_sha256": persona.sha256}
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA.with_metadata(metadata)), stream, compression="zstd")

@@ -32,6 +32,10 @@ class RewriteError(UserError):
     """The rewriting backend refuses everything (wrong key, unknown model): the run cannot go on."""
 
 
+class _RefusedError(Exception):
+    """The endpoint does not want to answer this question."""
+
+
 class Rewriter(Protocol):
     model: str
 
@@ -154,6 +158,7 @@ class OpenAiRewriter:
         samples = self._settings.samples_per_question
         found = self._stored(persona)
         unsaved: dict[str, Answer] = {}
+        refused: dict[str, str] = {}
         gate = asyncio.Semaphore(self._settings.concurrency)
         client = AsyncOpenAI(
             base_url=self._settings.base_url, timeout=self._settings.timeout_seconds, max_retries=1_000_000
@@ -162,7 +167,11 @@ class OpenAiRewriter:
         async def one(name: str, question: Question, sample: int) -> None:
             async with gate:
                 await self._slot()
-                unsaved[name] = found[name] = await self._ask(client, persona, question, sample)
+                try:
+                    unsaved[name] = found[name] = await self._ask(client, persona, question, sample)
+                except _RefusedError as error:
+                    refused[name] = str(error)
+                    return
                 if len(unsaved) >= self.STORE_EVERY:
                     part = dict(unsaved)
                     unsaved.clear()
@@ -184,7 +193,9 @@ class OpenAiRewriter:
             if unsaved:
                 self._store(persona, unsaved)
             await client.close()
-        return [[found[name] for name in row] for row in names]
+        if refused and not found:
+            raise RewriteError(f"{client.base_url}: model {self.model}: {next(iter(refused.values()))}")
+        return [[found.get(name, Answer("", True)) for name in row] for row in names]
 
     async def _slot(self) -> None:
         if self._settings.requests_per_minute:
@@ -221,9 +232,12 @@ class OpenAiRewriter:
             raise PersonaError(
                 "rewrite_deadline", f"no answer within {seconds:g} s (rewrite.deadline_seconds)"
             ) from None
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            # A server's content filter, or a prompt that is too long for it: a matter of this question.
+            raise _RefusedError(f"HTTP {error.status_code}: {_one_line(error)}") from None
         except openai.APIStatusError as error:
             what = {401: "the key is refused; check OPENAI_API_KEY", 403: "the key has no permission"}.get(
-                error.status_code, f"HTTP {error.status_code}: {str(error.message).splitlines()[0][:160]}"
+                error.status_code, f"HTTP {error.status_code}: {_one_line(error)}"
             )
             raise RewriteError(f"{client.base_url}: model {self.model}: {what}") from None
         choice = reply.choices[0]
@@ -252,3 +266,7 @@ class OpenAiRewriter:
         data = json.dumps({name: (a.text, a.finished) for name, a in answers.items()}, ensure_ascii=False).encode()
         name = hashlib.sha256(data).hexdigest()[:24]
         self._storage.put(f"{layout.stored_answers(persona.id)}{name}.json", data)
+
+
+def _one_line(error: Any) -> str:
+    return str(error.message).splitlines()[0][:160]

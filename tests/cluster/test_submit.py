@@ -10,8 +10,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import cluster_runs as runs
+import http_faults
 import pytest
-import storage_faults
 from s3_server import free_port, new_bucket
 
 from persona_pruner import MaskStore
@@ -141,8 +141,8 @@ def test_a_third_of_all_s3_calls_failing_changes_nothing(real_s3, undisturbed, m
     for name, value in real_s3.items():
         monkeypatch.setenv(name, value)
     url = f"s3://{new_bucket(real_s3)}/run"
-    with storage_faults.proxy(real_s3["AWS_ENDPOINT_URL"]) as faults:
-        faults.plan(storage_faults.BUSY, storage_faults.CUT, storage_faults.LOST, share=0.3)
+    with http_faults.proxy(real_s3["AWS_ENDPOINT_URL"]) as faults:
+        faults.plan(http_faults.BUSY, http_faults.CUT, http_faults.LOST, share=0.3)
         with cost("30% of S3 calls refused, cut, or told to have failed", whole=True):
             code, text = runs.run(url, env={"AWS_ENDPOINT_URL": faults.url})
         assert code == 0, text

@@ -6,14 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import persona_data, save_tiny, tiny_config
+from test_objective import BOTH, assert_same, encoded, fast, naive, some_masks
+from test_sensitivity import pairwise
+from tiny_models import persona_data, save_tiny, tiny, tiny_config
 
 from persona_pruner.backbone.load import World, load_backbone
+from persona_pruner.config import check_config
+from persona_pruner.learning.objective import Settings
 from persona_pruner.learning.outcome import Progress
 from persona_pruner.learning.trainer import MaskTrainer
+from persona_pruner.manifest import Persona
+from persona_pruner.synthesis.sensitivity import Sensitivity
 
 NAMES = ["Ann", "Barbara"]
 FOREVER = 100_000
+PERSONAS = [Persona(name, f"{name}, a {'very ' * n}old sailor") for n, name in enumerate(("Ann", "Bo", "Cy"))]
+QUESTIONS = ["Why?", "What do you do in the morning, when nobody looks?", "3 + 4?"]
 
 
 def _rank(path: str, rank: int, size: int, port: int, queue: Any, steps: int) -> None:
@@ -24,13 +32,15 @@ def _rank(path: str, rank: int, size: int, port: int, queue: Any, steps: int) ->
         queue.put((rank, "error", repr(error)))
 
 
-def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, Any]:
+def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, Any, Any, Any, Any]:
     from persona_pruner.evaluation.losses import heldout_loss
 
     config = tiny_config(path, steps=steps, rows_per_step=5, keep_scores=True)
     backbone = load_backbone(config.backbone, world)
     held = sum(getattr(p, "ds_tensor", p).numel() for p in backbone.model.parameters())
     data = [persona_data(name) for name in NAMES]
+    gradient = _gradient(backbone) if steps != FOREVER else None
+    scores = _scores(backbone) if steps != FOREVER else None
 
     def see(progress: Progress) -> None:
         if steps == FOREVER and progress.step == 3:
@@ -38,7 +48,28 @@ def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, A
 
     outcomes = MaskTrainer(backbone, config).train(data, run_id="r", progress=see)
     loss = heldout_loss(backbone, config, data[0].description, data[0].heldout, None)
-    return held, [o.mask and (o.mask.keep_LI.numpy(), o.mask.scores_LI.numpy()) for o in outcomes], loss
+    arrays = [o.mask and (o.mask.keep_LI.numpy(), o.mask.scores_LI.numpy()) for o in outcomes]
+    return held, arrays, loss, gradient, scores, _in_bfloat16(path, world, data)
+
+
+def _gradient(backbone: Any) -> tuple[Any, Any]:
+    """Losses and gradient of one step, summed over the ranks."""
+    masks = some_masks(backbone, len(NAMES))
+    loss_P, grad_PLI = fast(backbone, masks, encoded(backbone, NAMES), Settings(BOTH))
+    return backbone.all_reduce(loss_P).numpy(), backbone.all_reduce(grad_PLI).numpy()
+
+
+def _scores(backbone: Any) -> list[Any]:
+    asked = check_config({"backbone": {"path": "x"}, "synthesis": {"references": {"count": 2}, "tile_questions": 2}})
+    return [scores.numpy() for _, scores in Sensitivity(backbone, asked, QUESTIONS, PERSONAS).tile(PERSONAS)]
+
+
+def _in_bfloat16(path: str, world: World, data: Any) -> list[tuple[float, int]]:
+    """(held-out loss, channels kept) after some steps in bfloat16 with recomputed activations."""
+    config = tiny_config(path, steps=3, rows_per_step=5, gradient_checkpointing=True)
+    backbone = load_backbone(config.backbone.model_copy(update={"dtype": "bfloat16"}), world)
+    outcomes = MaskTrainer(backbone, config).train(data, run_id="r")
+    return [(o.mask.metadata.loss_masked, int(o.mask.keep_LI.sum())) for o in outcomes if o.mask]
 
 
 def _world(path: Any, size: int, steps: int = 15) -> tuple[list[Any], Any]:
@@ -75,6 +106,29 @@ def test_two_shards_learn_the_mask_of_one_and_rank_0_alone_has_it(results):
     for (one, one_scores), (two, two_scores) in zip(results[1][0][2], results[2][0][2], strict=True):
         assert (one == two).mean() >= 0.999
         assert abs(one_scores.astype(float) - two_scores).max() < 2e-3
+
+
+def test_loss_and_gradient_of_one_and_two_shards_equal_the_plain_formula(results, tmp_path):
+    backbone = tiny(tmp_path)
+    expected = naive(backbone, some_masks(backbone, len(NAMES)), encoded(backbone, NAMES), BOTH)
+    for answer in (results[1][0], *results[2]):
+        assert_same(tuple(torch.from_numpy(part) for part in answer[4]), expected)
+
+
+def test_sensitivity_of_one_and_two_shards_equals_the_pairwise_formula(results, tmp_path):
+    backbone = tiny(tmp_path)
+    settings = check_config({"backbone": {"path": "x"}})
+    for answer in (results[1][0], *results[2]):
+        for number, persona in enumerate(PERSONAS):
+            others = [p for p in PERSONAS if p != persona][:2]
+            expected = [pairwise(backbone, settings, question, persona, others) for question in QUESTIONS]
+            assert answer[5][number].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_bfloat16_and_recomputed_activations_work_on_shards(results):
+    (two,), (one,) = ([answer[6] for answer in results[size] if answer[6]] for size in (2, 1))
+    assert [kept for _, kept in two] == [kept for _, kept in one] == [3 * 32] * 2
+    assert [loss for loss, _ in two] == pytest.approx([loss for loss, _ in one], rel=0.02)
 
 
 def test_the_heldout_loss_is_the_same_on_every_rank(results):

@@ -1,4 +1,4 @@
-"""A proxy between an S3 client and its server that does one fault, as often as told, and then lets all through."""
+"""A proxy between a client and its HTTP server that does faults, as often as told, and lets the rest through."""
 
 import socket
 import socketserver
@@ -22,6 +22,13 @@ TRICKLE = "trickle"
 """One byte of the answer's body every 50 ms."""
 FLIP = "flip"
 """One bit of the answer's body is another, its length is right."""
+RATE = "rate"
+"""429 with Retry-After; the server never sees the request."""
+HANG = "hang"
+"""Nothing is answered for HANG_SECONDS, then the connection is closed; the server never sees the request."""
+HANG_SECONDS = 8.0
+DENY = "deny"
+"""401, as for a wrong key."""
 UNCONDITIONAL = "unconditional"
 """If-None-Match is dropped, as by a server that does not know it."""
 
@@ -37,6 +44,8 @@ class Faults:
     path: str = ""
     """Only requests whose path holds this."""
     url: str = ""
+    delivered: list[bytes] = field(default_factory=list)
+    """Bodies of the requests whose answers reached the client whole, with status 200."""
     requests: int = 0
     seen: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -50,7 +59,12 @@ class Faults:
 
     def take(self, method: str, path: str) -> str:
         with self.lock:
-            if self.seen >= self.times or (self.method and method != self.method) or self.path not in path:
+            if (
+                not self.kinds
+                or self.seen >= self.times
+                or (self.method and method != self.method)
+                or self.path not in path
+            ):
                 return ""
             self.requests += 1
             if int(self.requests * self.share) == int((self.requests - 1) * self.share):
@@ -89,6 +103,16 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == BUSY:
             self._answer(503, [], b"<Error><Code>SlowDown</Code></Error>")
             return
+        if fault == RATE:
+            self._answer(429, [("Retry-After", "1")], b'{"error": {"message": "slow down"}}')
+            return
+        if fault == DENY:
+            self._answer(401, [], b'{"error": {"message": "Incorrect API key provided: sk-wr***"}}')
+            return
+        if fault == HANG:
+            threading.Event().wait(HANG_SECONDS)
+            self._hang_up()
+            return
         status, headers, answer = self._forward(body, fault)
         if fault == LOST:
             self._answer(500, [], b"<Error><Code>InternalError</Code></Error>")
@@ -96,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == FLIP and answer:
             answer = answer[:-1] + bytes([answer[-1] ^ 1])
         self._answer(status, headers, answer, fault)
+        if status == 200 and fault != CUT:
+            self.faults.delivered.append(body)
 
     do_PUT = do_POST = do_DELETE = do_HEAD = do_GET
 
