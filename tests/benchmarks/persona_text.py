@@ -57,11 +57,16 @@ def personas(
         for source in ("rolebench", "character-llm", "spc")
     ]
     chosen = [own for turn in zip(*ranked, strict=False) for own in turn][:count]
-    questions = sorted(
-        {r["question"] for r in rows if r["source"] == "rolebench/general" and len(r["question"].split()) < 25}
-        | {a["instruction"] for a in read_jsonl("alpaca.jsonl.gz") if not a["input"] and len(a["instruction"]) < 90}
-    )
+    questions = pool()
     return [_persona(backbone, config, own, questions, cache, train, heldout) for own in chosen]
+
+
+def pool() -> list[str]:
+    """Short questions of RoleBench and Alpaca, sorted."""
+    found = {r["question"] for r in read_jsonl("roleplay.jsonl.gz") if r["source"] == "rolebench/general"}
+    found = {question for question in found if len(question.split()) < 25}
+    found |= {a["instruction"] for a in read_jsonl("alpaca.jsonl.gz") if not a["input"] and len(a["instruction"]) < 90}
+    return sorted(found)
 
 
 def generic(rows: int = 128) -> PersonaData:
@@ -89,14 +94,14 @@ def _persona(
         rows = [Row(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
     else:
         asked = random.Random(name).sample(questions, 2 * (train + heldout))
-        rows = _sample(backbone, config, description, asked, train + heldout)
+        rows = sample(backbone, config, description, asked, train + heldout)
         cache.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
     return Persona(name, description, tuple(rows[heldout:]), tuple(rows[:heldout]), real)
 
 
 @torch.no_grad()
-def _sample(backbone: Backbone, config: RunConfig, description: str, questions: list[str], wanted: int) -> list[Row]:
+def sample(backbone: Backbone, config: RunConfig, description: str, questions: list[str], wanted: int) -> list[Row]:
     """Answers drawn at temperature 1; those that do not end in time are dropped."""
     torch.manual_seed(0)
     tokenizer, system = backbone.tokenizer, config.prompt.system

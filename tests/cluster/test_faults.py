@@ -39,8 +39,7 @@ def test_training_actor_killed_in_mid_step(undisturbed, tmp_path, cost):
     with cost("SIGKILL of the training actors in mid-step"):
         job = runs.start(output)
         runs.wait_for(lambda: runs.checkpoints(output))
-        victims = runs.pids_of(job, "ShardActor.train")
-        assert victims
+        victims = runs.wait_for(lambda: runs.pids_of(job, "ShardActor.train"), 20)
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         text, _ = job.communicate(timeout=240)

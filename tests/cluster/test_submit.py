@@ -2,19 +2,13 @@
 
 import os
 import secrets
-import signal
 import subprocess
 import sys
-import time
-from hashlib import sha256
 from pathlib import Path
 
 import cluster_runs as runs
-import http_faults
 import pytest
-from s3_server import free_port, new_bucket
-
-from persona_pruner import MaskStore
+from s3_server import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 BIN = Path(sys.executable).parent
@@ -122,60 +116,3 @@ def test_job_stop_checkpoints_and_a_new_submission_goes_on(head, undisturbed, tm
         text, _ = again.communicate(timeout=240)
     assert again.returncode == 0, text
     assert runs.masks(output) == runs.masks(undisturbed)
-
-
-def test_s3_output_gives_the_same_masks_bit_for_bit(real_s3, undisturbed, monkeypatch):
-    for name, value in real_s3.items():
-        monkeypatch.setenv(name, value)
-    url = f"s3://{new_bucket(real_s3)}/run"
-    code, text = runs.run(url)
-    assert code == 0, text
-    assert real_s3["AWS_SECRET_ACCESS_KEY"] not in text
-    store = MaskStore(url)
-    found = {persona: sha256(store.read(persona)[0]).hexdigest() for persona in store.ids()}
-    assert found == runs.masks(undisturbed)
-    assert store.verify() == 3
-
-
-def test_a_third_of_all_s3_calls_failing_changes_nothing(real_s3, undisturbed, monkeypatch, cost):
-    for name, value in real_s3.items():
-        monkeypatch.setenv(name, value)
-    url = f"s3://{new_bucket(real_s3)}/run"
-    with http_faults.proxy(real_s3["AWS_ENDPOINT_URL"]) as faults:
-        faults.plan(http_faults.BUSY, http_faults.CUT, http_faults.LOST, share=0.3)
-        with cost("30% of S3 calls refused, cut, or told to have failed", whole=True):
-            code, text = runs.run(url, env={"AWS_ENDPOINT_URL": faults.url})
-        assert code == 0, text
-        assert faults.seen > 20
-    store = MaskStore(url)
-    found = {persona: sha256(store.read(persona)[0]).hexdigest() for persona in store.ids()}
-    assert found == runs.masks(undisturbed)
-    assert store.verify() == 3
-    assert not list(store.storage.list("checkpoints/"))
-
-
-def test_server_that_is_gone_for_20_seconds_costs_nothing_but_time(real_s3, undisturbed, monkeypatch, cost):
-    """The server's process is stopped (SIGSTOP) and continued, as in a long pause."""
-    servers = [
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and b"radosgw" in (entry / "cmdline").read_bytes()[:40]
-    ]
-    if not servers:
-        pytest.skip("the S3 server is not a process of this machine")
-    for name, value in real_s3.items():
-        monkeypatch.setenv(name, value)
-    bucket = new_bucket(real_s3)
-    with cost("S3 server stopped for 20 s", whole=True):
-        job = runs.start(f"s3://{bucket}/run")
-        runs.wait_for(lambda: list(MaskStore(f"s3://{bucket}/run").storage.list("synthesis/")))
-        for pid in servers:
-            os.kill(pid, signal.SIGSTOP)
-        time.sleep(20)
-        for pid in servers:
-            os.kill(pid, signal.SIGCONT)
-        text, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, text
-    store = MaskStore(f"s3://{bucket}/run")
-    found = {persona: sha256(store.read(persona)[0]).hexdigest() for persona in store.ids()}
-    assert found == runs.masks(undisturbed)
