@@ -85,11 +85,10 @@ def our_job(directory: Path, count: int, config: dict[str, Any]) -> dict[str, fl
         time.sleep(0.2)
         try:
             status = Path(f"/proc/{job.pid}/status").read_text().splitlines()
-            fields = Path(f"/proc/{job.pid}/stat").read_text().rpartition(")")[2].split()
+            cpu = cpu_seconds(job.pid)
         except (FileNotFoundError, ProcessLookupError):
             break
         megabytes = max([megabytes, *(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))])
-        cpu = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         if first is None and next((output / "masks").glob("*/mask.safetensors"), None):
             first = time.monotonic() - began
     wall = time.monotonic() - began
@@ -106,6 +105,30 @@ def our_job(directory: Path, count: int, config: dict[str, Any]) -> dict[str, fl
         "driver_mb": round(megabytes),
         "personas_an_hour": round(count / wall * 3600),
     }
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def waiting_driver(directory: Path, config: dict[str, Any], seconds: float) -> float:
+    """Share of a core that the driver uses while its groups train and nothing happens."""
+    endless = config | {"learning": config["learning"] | {"steps": 10**6}}
+    manifest, file, output = prepare(directory, GROUPS, endless)
+    words = [sys.executable, "jobs/train_masks.py", manifest, "--config", file, "--output", output]
+    with (directory / "log").open("w") as log:
+        job = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=log, stderr=log)
+    while not (output / "checkpoints").is_dir():
+        if job.poll() is not None:
+            raise SystemExit((directory / "log").read_text())
+        time.sleep(0.5)
+    before, began = cpu_seconds(job.pid), time.monotonic()
+    time.sleep(seconds)
+    share = (cpu_seconds(job.pid) - before) / (time.monotonic() - began)
+    job.terminate()
+    job.wait(60)
+    return share
 
 
 def plain_tune(directory: Path, count: int, config: dict[str, Any]) -> float:
@@ -172,11 +195,17 @@ def main() -> None:
         for count in options.personas:
             runs.append(our_job(directory / f"ours-{count}", count, config))
             print(runs[-1], flush=True)
+        idle = waiting_driver(directory / "idle", config, 5 if options.quick else 30)
+        print(f"driver while its groups train: {idle:.1%} of a core", flush=True)
         ours = our_job(directory / "ours", options.tune, config)["personas_an_hour"]
         tune_rate = plain_tune(directory / "tune", options.tune, config)
     print(f"{options.tune} personas: {ours} an hour here, {tune_rate:.0f} with one Tune trial each", flush=True)
     summary = {name: runs[-1][name] for name in ("share_training", "driver_mb", "driver_cpu_share")}
-    print(json.dumps(summary | {"ratio_tune": round(ours / tune_rate, 2), "runs": runs}))
+    print(
+        json.dumps(
+            summary | {"idle_driver_cpu": round(idle, 4), "ratio_tune": round(ours / tune_rate, 2), "runs": runs}
+        )
+    )
 
 
 if __name__ == "__main__":
