@@ -6,6 +6,7 @@ MaskStore("s3://bucket/run").load("alice").apply(model)
 
 import hashlib
 import io
+import itertools
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -103,13 +104,15 @@ class MaskStore:
             except (MaskError, StorageError) as error:
                 return error
 
-        faults = []
+        faults, waiting = [], iter(persona_ids)
         with ThreadPoolExecutor(self.config.connections) as pool:
-            for result in pool.map(one, persona_ids):
-                if isinstance(result, Pulled):
-                    yield result
-                else:
-                    faults.append(result)
+            # In blocks: the calls that wait in the pool take memory.
+            while block := list(itertools.islice(waiting, 64 * self.config.connections)):
+                for result in pool.map(one, block):
+                    if isinstance(result, Pulled):
+                        yield result
+                    else:
+                        faults.append(result)
         if len(faults) == 1:
             raise faults[0]
         if faults:
