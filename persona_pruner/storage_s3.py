@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import os
+import queue
 import threading
 import time
 import uuid
@@ -23,7 +24,8 @@ from persona_pruner.storage import NotFoundError, ObjectInfo, TransientError, ch
 
 T = TypeVar("T")
 MULTIPART_BYTES = 64 * 2**20
-PROBE_SECONDS = 5.0
+PROBE_SECONDS = 4.0
+REACH_SECONDS = 7.0
 CONNECT_SECONDS = 5
 SILENCE_SECONDS = 10
 """A server that sends nothing for so long counts as gone."""
@@ -113,7 +115,9 @@ class S3Storage:
             return TransientError(f"{place}: no server answers at {self._endpoint()}; check AWS_ENDPOINT_URL")
         if code not in DAMAGED_ON_THE_WAY and 400 <= status < 500 and status not in (408, 409, 425, 429):
             return StorageError(f"{place}: the server refused the request: {code} (HTTP {status})")
-        return TransientError(f"{place}: {code or type(error).__name__}{f' (HTTP {status})' if status else ''}")
+        if not status:
+            return TransientError(f"{place}: {type(error).__name__} at {self._endpoint()}; check AWS_ENDPOINT_URL")
+        return TransientError(f"{place}: {code} (HTTP {status})")
 
     def _endpoint(self) -> str:
         return str(self.client.meta.endpoint_url)
@@ -251,7 +255,25 @@ class S3Storage:
 
     def reach(self, prefix: str = "") -> None:
         arguments = {"Bucket": self.bucket, "Prefix": self.prefix + prefix, "MaxKeys": 1}
-        self._call("", lambda client: client.list_objects_v2(**arguments), PROBE_SECONDS)
+        answers: queue.SimpleQueue[StorageError | None] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                self._call("", lambda client: client.list_objects_v2(**arguments), PROBE_SECONDS)
+                answers.put(None)
+            except StorageError as error:
+                answers.put(error)
+
+        # In a thread: a server that says a byte now and then keeps the client waiting for ever.
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            error = answers.get(timeout=REACH_SECONDS)
+        except queue.Empty:
+            error = StorageError(
+                f"{self.url}: {self._endpoint()} has not answered within {REACH_SECONDS:g} s; check AWS_ENDPOINT_URL"
+            )
+        if error is not None:
+            raise error
 
     def probe(self) -> None:
         arguments = self._arguments(".probe", b"")

@@ -1,8 +1,10 @@
 """Faults between client and server, wrong settings, policies: against a real S3 server unless the name says mock."""
 
+import contextlib
 import datetime
 import http.server
 import json
+import socketserver
 import ssl
 import subprocess
 import sys
@@ -91,6 +93,28 @@ def test_a_server_that_trickles_does_not_outlive_the_deadline(broken):
     proxy.plan(faults.TRICKLE, method="GET")
     with pytest.raises(StorageError, match=r"run/object: \d+ of 100000 bytes came"):
         storage.get("object")
+
+
+def test_a_server_that_only_ever_sends_headers_is_told_as_one_that_does_not_answer(real_s3, monkeypatch):
+    class Endless(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(10_000)
+            with contextlib.suppress(OSError):
+                self.request.sendall(b"HTTP/1.1 200 OK\r\n")
+                while not over.wait(0.2):
+                    self.request.sendall(b"X-More: yes\r\n")
+
+    over = threading.Event()
+    for name, value in real_s3.items():
+        monkeypatch.setenv(name, value)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Endless) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(StorageError, match="has not answered within 7 s; check AWS_ENDPOINT_URL"):
+            open_storage("s3://bucket/run").reach()
+        over.set()
+        server.shutdown()
 
 
 def test_pull_commits_nothing_that_does_not_verify(broken, tmp_path):
