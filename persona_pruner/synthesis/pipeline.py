@@ -6,7 +6,7 @@ tile is run again. Only what was selected leaves the scoring actor; only ids and
 
 import json
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from persona_pruner.config import RunConfig
 from persona_pruner.errors import PersonaError, SourceError, UserError
 from persona_pruner.manifest import Persona, read_manifest
 from persona_pruner.storage import StorageError, open_storage, read_url
-from persona_pruner.synthesis import records
+from persona_pruner.synthesis import records, vllm
 from persona_pruner.synthesis.rewrite import OpenAiRewriter, Rewriter, SelfRewriter
 from persona_pruner.synthesis.select import select_questions
 from persona_pruner.synthesis.sensitivity import Sensitivity, choose_references
@@ -71,7 +71,7 @@ def synthesize(
     if config.synthesis.rewrite.backend == "openai":
         OpenAiRewriter(config, open_storage(output_url, config.storage))
     if config.synthesis.rewrite.backend == "vllm":
-        _check_vllm()
+        vllm.check_vllm()
     yield from _run(job, blocks)
 
 
@@ -91,7 +91,9 @@ def _run(job: _Job, blocks: list[list[Persona]]) -> Iterator[SynthesisResult]:
         num_cpus=actors.num_cpus,
         num_gpus=actors.num_gpus,
     )
-    if job.config.synthesis.rewrite.backend != "self":
+    if job.config.synthesis.rewrite.backend == "vllm":
+        data = _through_engines(data, shared, vllm.engines(job.config))
+    elif job.config.synthesis.rewrite.backend == "openai":
         data = data.map_batches(
             _AnswerActor,
             fn_constructor_kwargs={"job": [shared]},
@@ -184,6 +186,34 @@ class _AnswerActor:
         return {"result": results}
 
 
+def _through_engines(data: Any, shared: Any, engines: Callable[[Any], Any]) -> Any:
+    """Rows of results from rows of `selected`; scoring ends before the engines start, so that they have the GPUs."""
+
+    def asked(row: dict[str, Any]) -> list[dict[str, Any]]:
+        job: _Job = ray.get(shared)
+        selected = _Selected.from_json(row["selected"])
+        questions = [job.questions[i] for i, _ in selected.scored]
+        return list(vllm.prompts(job.config, row["selected"], selected.persona, questions))
+
+    def unasked(row: dict[str, Any]) -> bool:
+        return not _Selected.from_json(row["selected"]).scored
+
+    def commit(text: str, rows: list[dict[str, Any]]) -> dict[str, str]:
+        job: _Job = ray.get(shared)
+        selected = _Selected.from_json(text)
+        given = vllm.put_together(job.config, len(selected.scored), rows)
+        storage = open_storage(job.output, job.config.storage)
+        return {"result": answer_and_commit(job, storage, given, selected)}
+
+    def commit_group(group: Any) -> dict[str, list[str]]:
+        rows = group.to_pylist()
+        return {"result": [commit(rows[0]["selected"], rows)["result"]]}
+
+    data = data.materialize()
+    answered = engines(data.flat_map(asked)).groupby("selected").map_groups(commit_group, batch_format="pyarrow")
+    return answered.union(data.filter(unasked).map(lambda row: commit(row["selected"], [])))
+
+
 def answer_and_commit(job: Any, storage: Any, rewriter: Rewriter, selected: _Selected) -> str:
     """Rewrite and store one persona. Returns the result as JSON; a persona's own fault is part of it."""
     persona = selected.persona
@@ -236,7 +266,3 @@ def _references(config: RunConfig, personas: Sequence[Persona]) -> list[Persona]
     if len(found) < 2 and not settings.path:
         raise SourceError("one persona alone has no references; set synthesis.references.path to a file of personas")
     return found
-
-
-def _check_vllm() -> None:
-    raise SourceError("synthesis.rewrite.backend = vllm: the package vllm is not installed; use openai or self")

@@ -211,18 +211,11 @@ class OpenAiRewriter:
             raise PersonaError(
                 "token_budget", f"{self._tokens} tokens paid for, synthesis.rewrite.token_budget is {budget}"
             )
-        template = self.config.prompt.rewrite
-        if self._settings.with_original and question.answer:
-            template = self.config.prompt.rewrite_with_reference.replace("{answer}", question.answer)
-        messages = [
-            {"role": "system", "content": self.config.prompt.system.replace("{persona}", persona.description)},
-            {"role": "user", "content": template.replace("{question}", question.text)},
-        ]
         try:
             async with asyncio.timeout(self._settings.deadline_seconds):
                 reply = await client.chat.completions.create(
                     model=self.model,
-                    messages=messages,
+                    messages=messages(self.config, persona, question),
                     temperature=self._settings.temperature,
                     max_tokens=self._settings.max_new_tokens,
                     seed=sample,
@@ -266,6 +259,17 @@ class OpenAiRewriter:
         data = json.dumps({name: (a.text, a.finished) for name, a in answers.items()}, ensure_ascii=False).encode()
         name = hashlib.sha256(data).hexdigest()[:24]
         self._storage.put(f"{layout.stored_answers(persona.id)}{name}.json", data)
+
+
+def messages(config: RunConfig, persona: Persona, question: Question) -> list[dict[str, str]]:
+    """The chat that asks another model for an answer in the persona's voice."""
+    template = config.prompt.rewrite
+    if config.synthesis.rewrite.with_original and question.answer:
+        template = config.prompt.rewrite_with_reference.replace("{answer}", question.answer)
+    return [
+        {"role": "system", "content": config.prompt.system.replace("{persona}", persona.description)},
+        {"role": "user", "content": template.replace("{question}", question.text)},
+    ]
 
 
 def _one_line(error: Any) -> str:
