@@ -144,9 +144,17 @@ def test_unfinished_files_of_dead_writers_are_found_and_removed(output):
     assert alive.exists()
 
 
-def test_catalog_opens_in_datasets(output, tmp_path):
+def test_catalog_opens_in_datasets_pandas_and_duckdb(output, tmp_path):
+    import duckdb
+    import pandas
     from datasets import Dataset
 
     write_catalog(output, build_catalog(output))
-    rows = Dataset.from_parquet(str(output.root / layout.CATALOG), cache_dir=str(tmp_path / "cache"))
+    file = output.root / layout.CATALOG
+    rows = Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
     assert rows["persona_id"][:] == ["ada", "bo", "cy"]
+    frame = pandas.read_parquet(file)
+    assert list(frame.persona_id) == ["ada", "bo", "cy"]
+    found = duckdb.sql(f"select persona_id from '{file}' where ratio = {frame.ratio[1]} order by persona_id").fetchall()
+    assert found == [(name,) for name in frame[frame.ratio == frame.ratio[1]].persona_id]
+    assert ("bo",) in found
