@@ -4,11 +4,14 @@ import os
 import secrets
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import cluster_runs as runs
 import pytest
-from s3_server import free_port
+from s3_server import free_port, new_bucket
+
+from persona_pruner import MaskStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 BIN = Path(sys.executable).parent
@@ -69,6 +72,34 @@ def test_submitted_job_gives_the_same_masks_bit_for_bit(head, undisturbed, tmp_p
     assert runs.masks(tmp_path / "out") == runs.masks(undisturbed)
 
 
+def test_submitted_job_with_s3_output_gives_the_same_masks_bit_for_bit(
+    head, real_s3, undisturbed, tmp_path, monkeypatch
+):
+    for name, value in real_s3.items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{new_bucket(real_s3)}/run"
+    words = ["submit", three(tmp_path), "--config", "manifests/quickstart/run.yaml", "--output", url]
+    words += [word for setting in runs.SMALL for word in ("--set", setting)]
+    words += [word for name in real_s3 for word in ("--env", name)]
+    done = subprocess.run(
+        [BIN / "persona-pruner", *words, "--address", head.address],
+        cwd=runs.ROOT, env=head.env | real_s3, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert real_s3["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
+    store = MaskStore(url)
+    found = {persona: sha256(store.read(persona)[0]).hexdigest() for persona in store.ids()}
+    assert found == runs.masks(undisturbed)
+    assert store.verify() == 3
+
+
+def three(directory):
+    """The manifest of the first three personas of the example."""
+    manifest = directory / "three.jsonl"
+    manifest.write_text("".join(f"{line}\n" for line in (runs.EXAMPLE / "personas.jsonl").read_text().splitlines()[:3]))
+    return str(manifest)
+
+
 def test_submit_command_passes_the_exit_status_on(head, tmp_path):
     manifest = tmp_path / "bad.jsonl"
     manifest.write_text('{"id": "../x", "description": "x"}\n')
@@ -100,11 +131,9 @@ def test_job_stop_checkpoints_and_a_new_submission_goes_on(head, undisturbed, tm
     output = tmp_path / "out"
     words = ["submit", "--address", head.address, "--output", str(output), "--config", "manifests/quickstart/run.yaml"]
     settings = [word for setting in runs.SMALL for word in ("--set", setting)]
-    manifest = tmp_path / "three.jsonl"
-    manifest.write_text("".join(f"{line}\n" for line in (runs.EXAMPLE / "personas.jsonl").read_text().splitlines()[:3]))
     with cost("ray job stop, then submitted again", whole=True):
         follower = subprocess.Popen(
-            [BIN / "persona-pruner", *words, str(manifest), *settings],
+            [BIN / "persona-pruner", *words, three(tmp_path), *settings],
             cwd=runs.ROOT, env=head.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         job = next(line.split()[-1] for line in follower.stdout if line.startswith("submitted as"))
