@@ -36,7 +36,7 @@ def test_node_killed_with_its_group_and_another_that_comes_later(undisturbed, tm
 
 def test_node_added_is_used_within_30_seconds_and_its_going_does_not_end_the_run(undisturbed, tmp_path):
     output = runs.with_data_of(undisturbed, tmp_path / "out")
-    settings = ("learning.steps=250", "groups.max=2", "groups.num_cpus=1")
+    settings = ("learning.steps=150", "groups.max=2", "groups.num_cpus=1")
     with Nodes(head_cpus=1) as nodes:
         job = nodes.job(output, *settings)
         runs.wait_for(lambda: runs.checkpoints(output))
