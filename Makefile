@@ -38,7 +38,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 faults: $(READY) ## Every fault of the test suite, and the seconds that it costs
-	$(BIN)/python -m pytest -q tests/cluster --seconds-lost
+	$(BIN)/python -m pytest -q tests/cluster -m "" --seconds-lost
 
 bench: $(READY) ## Every benchmark; the last line of each is JSON
 	for benchmark in $(filter-out %/persona_text.py,$(wildcard tests/benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done

@@ -19,7 +19,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--seconds-lost", default=False):
-        items[:] = [item for item in items if "cost" in item.fixturenames]
+        items[:] = [item for item in items if "cost" in item.fixturenames or item.get_closest_marker("fault")]
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,7 @@ def test_training_actor_killed_in_mid_step(undisturbed, tmp_path, cost):
     assert_same(output, undisturbed)
 
 
+@pytest.mark.fault
 def test_scoring_actor_killed_in_the_middle(undisturbed, tmp_path, cost):
     output = tmp_path / "out"
     with cost("SIGKILL of the scoring actors", whole=True):

@@ -15,6 +15,7 @@ from persona_pruner import MaskStore
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 
+@pytest.mark.fault
 def test_a_third_of_all_s3_calls_failing_changes_nothing(real_s3, undisturbed, monkeypatch, cost):
     for name, value in real_s3.items():
         monkeypatch.setenv(name, value)
