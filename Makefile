@@ -30,7 +30,7 @@ quickstart: $(READY) ## Masks for the shipped example; PERSONAS=24 takes all
 	  --config manifests/quickstart/run.yaml --output $(OUTPUT) --limit $(PERSONAS)
 
 test: lint ## Linters, types and all tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q
 
 lint: $(READY)
 	$(BIN)/ruff check .

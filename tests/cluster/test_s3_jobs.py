@@ -34,6 +34,7 @@ def test_a_third_of_all_s3_calls_failing_changes_nothing(real_s3, undisturbed, m
     assert not list(store.storage.list("checkpoints/"))
 
 
+@pytest.mark.fault
 def test_server_that_is_gone_for_20_seconds_costs_nothing_but_time(real_s3, undisturbed, monkeypatch, cost):
     """The server's process is stopped (SIGSTOP) and continued, as in a long pause."""
     directory = DIRECTORIES.get(real_s3["AWS_ENDPOINT_URL"])
