@@ -56,6 +56,10 @@ class Lease:
                     )
             epoch = epochs[-1] + 1 if epochs else 1
             if self._storage.put_if_absent(layout.lease(epoch), self._body()):
+                # A listing taken while another contender took over may have missed both the old number and the new.
+                if max(_epochs(self._storage), default=epoch) > epoch:
+                    self._storage.delete(layout.lease(epoch))
+                    continue
                 for old in epochs:
                     self._storage.delete(layout.lease(old))
                 return epoch

@@ -11,6 +11,7 @@ import pytest
 from s3_server import DIRECTORIES, new_bucket
 
 from persona_pruner import MaskStore
+from persona_pruner.storage import open_storage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -46,7 +47,7 @@ def test_server_that_is_gone_for_20_seconds_costs_nothing_but_time(real_s3, undi
     bucket = new_bucket(real_s3)
     with cost("S3 server stopped for 20 s", whole=True):
         job = runs.start(f"s3://{bucket}/run")
-        runs.wait_for(lambda: list(MaskStore(f"s3://{bucket}/run").storage.list("synthesis/")))
+        runs.wait_for(lambda: list(open_storage(f"s3://{bucket}/run").list("synthesis/")))
         for pid in servers:
             os.kill(pid, signal.SIGSTOP)
         time.sleep(20)
