@@ -29,7 +29,7 @@ quickstart: $(READY) ## Masks for the shipped example; PERSONAS=24 takes all
 	$(BIN)/python jobs/prune_personas.py manifests/quickstart/personas.jsonl \
 	  --config manifests/quickstart/run.yaml --output $(OUTPUT) --limit $(PERSONAS)
 
-test: lint ## Linters, types and all tests
+test: lint ## Linters, types and tests
 	$(BIN)/python -m pytest -q
 
 lint: $(READY)
