@@ -50,4 +50,5 @@ def lease(epoch: int) -> str:
 
 def persona_of(key: str, prefix: str) -> str:
     """The persona id in a key below `prefix` (one of the prefixes above)."""
-    return key.removeprefix(prefix).split("/")[0].removesuffix(".safetensors").removesuffix(".json")
+    name, below, _ = key.removeprefix(prefix).partition("/")
+    return name if below else name.rpartition(".")[0]

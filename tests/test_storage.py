@@ -5,7 +5,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from s3_server import new_bucket
 
@@ -103,6 +103,8 @@ def test_wrong_bytes_of_the_right_length_are_refused(storage):
 
 
 @given(st.text(max_size=40))
+@example("a.json")
+@example("a.safetensors")
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_id_escapes_its_prefix(tmp_path, text):
     """Whatever passes as an id stays below masks/; whatever else is refused as a key or is no id."""
@@ -114,6 +116,8 @@ def test_no_id_escapes_its_prefix(tmp_path, text):
             assert remote._name(key).startswith("run/")
             assert ".." not in remote._name(key).split("/")
             assert layout.persona_of(layout.mask(text), layout.MASKS) == text
+            assert layout.persona_of(layout.error(text), layout.ERRORS) == text
+            assert layout.persona_of(layout.checkpoint(text), layout.CHECKPOINTS) == text
     else:
         for part in text.split("/"):
             if part in ("", ".", ".."):
