@@ -116,9 +116,9 @@ def status(output: OutputArgument, as_json: JsonOption = False) -> None:
     """Where a run is: running, stopped, dead or done; trials by state; what failed and why."""
     from persona_pruner import layout
     from persona_pruner.scheduling.progress import read_status
-    from persona_pruner.storage import open_storage
+    from persona_pruner.storage import AT_START, open_storage
 
-    storage = open_storage(output)
+    storage = open_storage(output, AT_START)
     storage.reach(layout.ERRORS)
     found = read_status(storage)
     found["errors"] = [json.loads(storage.get(item.key)) for item in storage.list(layout.ERRORS)]

@@ -6,11 +6,11 @@ import hashlib
 import io
 import logging
 import os
-import queue
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import boto3
@@ -24,8 +24,7 @@ from persona_pruner.storage import NotFoundError, ObjectInfo, TransientError, ch
 
 T = TypeVar("T")
 MULTIPART_BYTES = 64 * 2**20
-PROBE_SECONDS = 4.0
-REACH_SECONDS = 7.0
+PROBE_SECONDS = 5.0
 CONNECT_SECONDS = 5
 SILENCE_SECONDS = 10
 """A server that sends nothing for so long counts as gone."""
@@ -40,6 +39,13 @@ ADVICE = {
     "PermanentRedirect": "the bucket is in another region; check AWS_REGION",
 }
 DAMAGED_ON_THE_WAY = {"BadDigest", "XAmzContentSHA256Mismatch", "RequestTimeout", "IncompleteBody"}
+NO_ANSWER = (
+    known.EndpointConnectionError,
+    known.ConnectTimeoutError,
+    known.ReadTimeoutError,
+    known.ProxyConnectionError,
+    TimeoutError,
+)
 log = logging.getLogger(__name__)
 
 
@@ -83,15 +89,17 @@ class S3Storage:
         return self._made
 
     def _call(self, key: str, call: Callable[[Any], T], seconds: float | None = None) -> T:
-        client = self.client
+        limit = self.config.deadline_seconds if seconds is None else seconds
+        end = time.monotonic() + limit
 
         def once() -> T:
             try:
-                return call(client)
+                # One second more, so that whoever watches the deadline itself can say better what came.
+                return _bounded(lambda: call(self.client), max(end - time.monotonic(), 0) + 1)
             except (known.ClientError, known.BotoCoreError, HTTPError, OSError) as error:
                 raise self._explain(key, error) from None
 
-        return until_deadline(self.config.deadline_seconds if seconds is None else seconds, once)
+        return until_deadline(limit, once)
 
     def _explain(self, key: str, error: Exception) -> StorageError:
         """One line for what went wrong and what to check."""
@@ -101,7 +109,7 @@ class S3Storage:
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         if code == "NoSuchBucket":
             return StorageError(f"{place}: bucket {self.bucket} does not exist; create it or check its name")
-        if code in ("NoSuchKey", "404", "NotFound"):
+        if key and code in ("NoSuchKey", "404", "NotFound"):
             return NotFoundError(f"{place}: no such object")
         if code in ADVICE:
             return StorageError(f"{place}: {ADVICE[code]}")
@@ -111,8 +119,10 @@ class S3Storage:
             return StorageError(f"{place}: TLS failed: check the certificate of the endpoint or AWS_CA_BUNDLE")
         if isinstance(error, known.ParamValidationError):
             return StorageError(f"{place}: {' '.join(str(error).split())}")
-        if isinstance(error, known.EndpointConnectionError | known.ConnectTimeoutError | known.ProxyConnectionError):
+        if isinstance(error, NO_ANSWER):
             return TransientError(f"{place}: no server answers at {self._endpoint()}; check AWS_ENDPOINT_URL")
+        if code == "404":
+            return StorageError(f"{place}: {self._endpoint()} is no S3 server (HTTP 404); check AWS_ENDPOINT_URL")
         if code not in DAMAGED_ON_THE_WAY and 400 <= status < 500 and status not in (408, 409, 425, 429):
             return StorageError(f"{place}: the server refused the request: {code} (HTTP {status})")
         if not status:
@@ -120,7 +130,7 @@ class S3Storage:
         return TransientError(f"{place}: {code} (HTTP {status})")
 
     def _endpoint(self) -> str:
-        return str(self.client.meta.endpoint_url)
+        return str(self._made.meta.endpoint_url) if self._made else "the server"
 
     def _encryption(self) -> dict[str, str]:
         values = {"ServerSideEncryption": self.config.server_side_encryption, "SSEKMSKeyId": self.config.kms_key_id}
@@ -255,25 +265,7 @@ class S3Storage:
 
     def reach(self, prefix: str = "") -> None:
         arguments = {"Bucket": self.bucket, "Prefix": self.prefix + prefix, "MaxKeys": 1}
-        answers: queue.SimpleQueue[StorageError | None] = queue.SimpleQueue()
-
-        def ask() -> None:
-            try:
-                self._call("", lambda client: client.list_objects_v2(**arguments), PROBE_SECONDS)
-                answers.put(None)
-            except StorageError as error:
-                answers.put(error)
-
-        # In a thread: a server that says a byte now and then keeps the client waiting for ever.
-        threading.Thread(target=ask, daemon=True).start()
-        try:
-            error = answers.get(timeout=REACH_SECONDS)
-        except queue.Empty:
-            error = StorageError(
-                f"{self.url}: {self._endpoint()} has not answered within {REACH_SECONDS:g} s; check AWS_ENDPOINT_URL"
-            )
-        if error is not None:
-            raise error
+        self._call("", lambda client: client.list_objects_v2(**arguments), PROBE_SECONDS)
 
     def probe(self) -> None:
         arguments = self._arguments(".probe", b"")
@@ -296,6 +288,21 @@ class S3Storage:
     def share(self, key: str, seconds: int) -> str:
         target = {"Bucket": self.bucket, "Key": self._name(key)}
         return str(self.client.generate_presigned_url("get_object", Params=target, ExpiresIn=seconds))
+
+
+def _bounded(call: Callable[[], T], seconds: float) -> T:
+    """What `call` gives; TimeoutError after `seconds`. It runs in a thread of its own, which is then left to itself:
+    no timeout of a socket ends a server that sends a byte of its headers now and then."""
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="s3", daemon=True).start()
+    return answer.result(seconds)
 
 
 def _create(client: Any, arguments: dict[str, Any]) -> bool:

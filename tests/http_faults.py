@@ -1,5 +1,6 @@
 """A proxy between a client and its HTTP server that does faults, as often as told, and lets the rest through."""
 
+import contextlib
 import socket
 import socketserver
 import threading
@@ -88,6 +89,42 @@ def proxy(target: str) -> Iterator[Faults]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def dull_server(says: bytes = b"", then: bytes = b"") -> Iterator[str]:
+    """A server that accepts, says `says`, and then repeats `then` every 0.2 s for ever. Gives its URL."""
+    ended = threading.Event()
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):
+                self.request.sendall(says)
+                while not ended.wait(0.2):
+                    self.request.sendall(then)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            ended.set()
+            server.shutdown()
+
+
+@contextmanager
+def black_hole() -> Iterator[str]:
+    """URL of a port where nobody takes a connection, as behind a firewall that drops packets: its queue is full."""
+    with contextlib.ExitStack() as opened:
+        listener = opened.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            waiting = opened.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,14 +1,14 @@
 """Faults between client and server, wrong settings, policies: against a real S3 server unless the name says mock."""
 
 import contextlib
-import datetime
 import http.server
 import json
-import socketserver
+import os
 import ssl
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 import uuid
 from pathlib import Path
@@ -95,26 +95,13 @@ def test_a_server_that_trickles_does_not_outlive_the_deadline(broken):
         storage.get("object")
 
 
-def test_a_server_that_only_ever_sends_headers_is_told_as_one_that_does_not_answer(real_s3, monkeypatch):
-    class Endless(socketserver.BaseRequestHandler):
-        def handle(self):
-            self.request.recv(10_000)
-            with contextlib.suppress(OSError):
-                self.request.sendall(b"HTTP/1.1 200 OK\r\n")
-                while not over.wait(0.2):
-                    self.request.sendall(b"X-More: yes\r\n")
-
-    over = threading.Event()
-    for name, value in real_s3.items():
-        monkeypatch.setenv(name, value)
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Endless) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
-        with pytest.raises(StorageError, match="has not answered within 7 s; check AWS_ENDPOINT_URL"):
-            open_storage("s3://bucket/run").reach()
-        over.set()
-        server.shutdown()
+def test_a_server_that_trickles_headers_does_not_outlive_the_deadline_either(server, monkeypatch):
+    with faults.dull_server(b"HTTP/1.1 200 OK\r\nX-A: ", b"a") as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        began = time.monotonic()
+        with pytest.raises(StorageError, match=f"no server answers at {url}"):
+            open_storage("s3://bucket/run", FAST).get("object")
+        assert time.monotonic() - began < FAST.deadline_seconds + 3
 
 
 def test_pull_commits_nothing_that_does_not_verify(broken, tmp_path):
@@ -171,18 +158,9 @@ def test_server_that_ignores_conditions_is_told_once_mock(moto_s3, monkeypatch, 
     assert sum("ignores If-None-Match" in record.message for record in caplog.records) == 1
 
 
-def test_wrong_clock_is_told(server, monkeypatch):
-    """The clock of the signature alone is wrong here: the machine's own cannot be set."""
-    import botocore.auth
-
-    storage = open_storage(f"s3://{new_bucket(server)}/run")
-    late = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=2)
-    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *_, **__: late.replace(tzinfo=None))
-    with pytest.raises(StorageError, match="clock of this machine is wrong"):
-        storage.put("x", b"")
-
-
-def test_bad_certificate_is_told(server, monkeypatch, tmp_path):
+@pytest.fixture
+def tls_server(tmp_path):
+    """URL of a server with a certificate that nobody has signed."""
     pem = tmp_path / "self-signed.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost", "-keyout",
@@ -194,11 +172,79 @@ def test_bad_certificate_is_told(server, monkeypatch, tmp_path):
     listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     listener.socket = context.wrap_socket(listener.socket, server_side=True)
     threading.Thread(target=listener.serve_forever, args=(0.05,), daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"https://localhost:{listener.server_address[1]}")
-    with pytest.raises(StorageError, match="TLS failed: check the certificate"):
-        open_storage("s3://bucket/run").reach()
+    yield f"https://localhost:{listener.server_address[1]}"
     listener.shutdown()
     listener.server_close()
+
+
+STATUS = "from persona_pruner.cli import main; main()"
+LATE = """
+import datetime, botocore.auth
+late = datetime.datetime.now(datetime.UTC).replace(tzinfo=None) - datetime.timedelta(hours=2)
+botocore.auth.get_current_datetime = lambda *_, **__: late
+"""
+"""The clock of the signature alone is wrong here: the machine's own cannot be set."""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("refused", "no server answers at http://127.0.0.1:9; check AWS_ENDPOINT_URL"),
+        ("unroutable", "no server answers at http://127.0.0.1"),
+        ("silent", "no server answers at http://127.0.0.1"),
+        ("trickling", "no server answers at http://127.0.0.1"),
+        ("other protocol", "; check AWS_ENDPOINT_URL"),
+        ("no S3", "is no S3 server (HTTP 404); check AWS_ENDPOINT_URL"),
+        ("certificate", "TLS failed: check the certificate"),
+        ("clock", "the clock of this machine is wrong"),
+        ("key", "check AWS_ACCESS_KEY_ID"),
+        ("secret", "check AWS_SECRET_ACCESS_KEY"),
+        ("no credentials", "no AWS credentials; set AWS_ACCESS_KEY_ID"),
+        ("bucket", "bucket no-such-bucket-here does not exist; create it or check its name"),
+        ("permission", "permission denied; check the policy"),
+    ],
+)
+def test_status_says_within_15_seconds_what_to_check(request, server, tmp_path, wrong, said):
+    with contextlib.ExitStack() as servers:
+        secret = f"secret-{uuid.uuid4().hex}"
+        bucket = "no-such-bucket-here" if wrong == "bucket" else new_bucket(server)
+        env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "HOME": str(tmp_path)} | server
+        if wrong == "refused":
+            env["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"
+        elif wrong == "unroutable":
+            env["AWS_ENDPOINT_URL"] = servers.enter_context(faults.black_hole())
+        elif wrong == "silent":
+            env["AWS_ENDPOINT_URL"] = servers.enter_context(faults.dull_server())
+        elif wrong == "trickling":
+            env["AWS_ENDPOINT_URL"] = servers.enter_context(faults.dull_server(b"HTTP/1.1 200 OK\r\nX-A: ", b"a"))
+        elif wrong == "other protocol":
+            env["AWS_ENDPOINT_URL"] = servers.enter_context(faults.dull_server(b"SSH-2.0-OpenSSH_9.2\r\n"))
+        elif wrong == "no S3":
+            answer = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+            env["AWS_ENDPOINT_URL"] = servers.enter_context(faults.dull_server(answer))
+        elif wrong == "certificate":
+            env["AWS_ENDPOINT_URL"] = request.getfixturevalue("tls_server")
+        elif wrong == "key":
+            env |= {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": secret}
+        elif wrong == "secret":
+            env["AWS_SECRET_ACCESS_KEY"] = secret
+        elif wrong == "no credentials":
+            env = {name: value for name, value in env.items() if "KEY" not in name}
+        elif wrong == "permission":
+            keys, _ = second_user(server)
+            env |= {name.upper(): value for name, value in keys.items()}
+        code = (LATE if wrong == "clock" else "") + STATUS
+        began = time.monotonic()
+        ran = subprocess.run(
+            [sys.executable, "-c", code, "status", f"s3://{bucket}/run"], env=env, capture_output=True, text=True
+        )
+        seconds = time.monotonic() - began
+    assert ran.returncode == 4, ran.stderr
+    (line,) = ran.stderr.splitlines()
+    assert said in line
+    assert env.get("AWS_SECRET_ACCESS_KEY", secret) not in ran.stdout + ran.stderr
+    assert seconds < 15
+    print(f"{wrong}: {seconds:.1f} s: {line}")
 
 
 def test_command_line_says_one_line_and_no_secret(server, tmp_path):

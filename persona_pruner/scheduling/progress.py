@@ -7,7 +7,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -16,8 +16,11 @@ from rich.table import Table
 from persona_pruner import layout
 from persona_pruner.errors import StorageError
 from persona_pruner.scheduling.lease import holder
-from persona_pruner.scheduling.scheduler import Scheduler
 from persona_pruner.storage import NotFoundError, Storage
+
+if TYPE_CHECKING:
+    # `persona-pruner status` reads through this module: it must not wait for ray and torch.
+    from persona_pruner.scheduling.scheduler import Scheduler
 
 STATUS_SECONDS = 5.0
 LINE_SECONDS = 10.0
@@ -41,7 +44,7 @@ class Watcher:
         if self._live:
             self._live.start()
 
-    def __call__(self, scheduler: Scheduler) -> None:
+    def __call__(self, scheduler: "Scheduler") -> None:
         now = time.monotonic()
         if self._live:
             self._live.update(self._table(scheduler))
@@ -55,7 +58,7 @@ class Watcher:
             self._writer = threading.Thread(target=self._write, args=(status,), daemon=True)
             self._writer.start()
 
-    def close(self, scheduler: Scheduler, state: str) -> None:
+    def close(self, scheduler: "Scheduler", state: str) -> None:
         """The last word; `state` is done, failed or stopped."""
         if self._live:
             self._live.update(self._table(scheduler))
@@ -68,7 +71,7 @@ class Watcher:
         self._write(status)
         self._board.close()
 
-    def status(self, scheduler: Scheduler, state: str) -> dict[str, Any]:
+    def status(self, scheduler: "Scheduler", state: str) -> dict[str, Any]:
         counts = scheduler.states()
         seconds = time.monotonic() - self._began
         finished = counts["TERMINATED"] + counts["ERROR"]
@@ -106,7 +109,7 @@ class Watcher:
         except StorageError as error:
             self._console.print(f"status could not be written: {error}", markup=False)
 
-    def _tell(self, scheduler: Scheduler, now: float) -> None:
+    def _tell(self, scheduler: "Scheduler", now: float) -> None:
         """A line for each persona that is through, and where all is every few seconds."""
         for trial in list(scheduler.trials.values()):
             if trial.state == "TERMINATED" and trial.persona.id not in self._told:
@@ -118,7 +121,7 @@ class Watcher:
             self._next_line = now + LINE_SECONDS
             self._console.print(_line(self.status(scheduler, "running")), markup=False, highlight=False)
 
-    def _table(self, scheduler: Scheduler) -> Table:
+    def _table(self, scheduler: "Scheduler") -> Table:
         status = self.status(scheduler, "running")
         table = Table(title=_line(status), title_justify="left")
         for name in ("persona", "state", "group", "step", "held-out loss", "seconds"):
@@ -143,7 +146,7 @@ class _Board:
         self._writer = SummaryWriter(str(self._directory))
         self._seen: set[str] = set()
 
-    def write(self, scheduler: Scheduler) -> None:
+    def write(self, scheduler: "Scheduler") -> None:
         for name, count in scheduler.states().items():
             self._writer.add_scalar(f"trials/{name}", count, int(time.time()))
         for trial in list(scheduler.trials.values()):
