@@ -4,7 +4,7 @@
 Writes, pulls and verifies them over 16 connections, rebuilds the catalog, and does the same with the index files.
 Server: the one that AWS_ENDPOINT_URL names, else ../shared/s3/start-s3.sh. The index files go round in --slots keys, so
 that 5,000 of them fit a server that keeps objects in memory; each is written and read all the same.
-`peak_*` is how much the most memory that was in use grew during a pull, measured in a process of its own.
+`pull_mb_N` is the peak resident memory (MB) of a process that pulls N masks, `pull_mb_1` that of one which pulls one.
 """
 
 import argparse
@@ -69,20 +69,18 @@ def each(connections: int, call: Callable[[int], object], numbers: range) -> Non
 
 
 def pull_child(url: str, count: int, connections: int) -> None:
-    """Pull `count` masks in this process; prints seconds and growth of the peak memory in MiB."""
+    """Pull `count` masks in this process; prints seconds and the peak resident memory in MB."""
     store = MaskStore(url, StorageConfig(connections=connections))
     with tempfile.TemporaryDirectory() as to:
-        list(store.pull(["p00000"], Path(to)))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         took = seconds(lambda: deque(store.pull((f"p{n:05d}" for n in range(count)), Path(to)), 0))
-        assert MaskStore(to).ids() == [f"p{n:05d}" for n in range(count)]
-    print(json.dumps([took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024]))
+        assert len(MaskStore(to).ids()) == count
+    print(json.dumps([took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6]))
 
 
 def pulled(url: str, count: int, connections: int) -> tuple[float, float]:
     command = [sys.executable, __file__, "--child", url, "--masks", str(count), "--connections", str(connections)]
-    took, grown = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return took, grown
+    took, peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return took, peak
 
 
 def measure_masks(storage: Storage, count: int, connections: int) -> dict[str, float]:
@@ -97,17 +95,10 @@ def measure_masks(storage: Storage, count: int, connections: int) -> dict[str, f
 
         write += seconds(lambda put=put, blobs=blobs: each(connections, put, range(min(blobs), max(blobs) + 1)))
     few = max(count // 10, 1)
-    _, peak_few = pulled(storage.url, few, connections)
-    pull, peak_all = pulled(storage.url, count, connections)
+    pulls = {number: pulled(storage.url, number, connections) for number in (1, few, count)}
     rebuild = seconds(lambda: write_catalog(storage, build_catalog(storage, connections, fresh=True)))
-    return {
-        "bytes_a_mask": size / count,
-        "write_s": write,
-        "pull_s": pull,
-        "rebuild_s": rebuild,
-        "peak_mib_pull_of_a_tenth": peak_few,
-        "peak_mib_pull_of_all": peak_all,
-    }
+    found = {"bytes_a_mask": size / count, "write_s": write, "pull_s": pulls[count][0], "rebuild_s": rebuild}
+    return found | {f"pull_mb_{number}": peak for number, (_, peak) in pulls.items()}
 
 
 def measure_indices(storage: Storage, count: int, connections: int, slots: int) -> dict[str, float]:
