@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 from urllib.parse import urlparse
 
-from tenacity import Retrying, retry_if_exception, stop_before_delay, wait_random_exponential
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from persona_pruner.config import StorageConfig
 from persona_pruner.errors import StorageError
@@ -143,7 +143,7 @@ def until_deadline(seconds: float, call: Callable[[], T]) -> T:
     retrying = Retrying(
         retry=retry_if_exception(lambda error: isinstance(error, TransientError)),
         wait=wait_random_exponential(multiplier=0.1, max=3),
-        stop=stop_before_delay(seconds),
+        stop=stop_after_delay(seconds),
         reraise=True,
     )
     return retrying(call)

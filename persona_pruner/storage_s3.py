@@ -24,7 +24,7 @@ from persona_pruner.storage import NotFoundError, ObjectInfo, TransientError, ch
 
 T = TypeVar("T")
 MULTIPART_BYTES = 64 * 2**20
-PROBE_SECONDS = 5.0
+PROBE_SECONDS = 4.0
 CONNECT_SECONDS = 5
 SILENCE_SECONDS = 10
 """A server that sends nothing for so long counts as gone."""
