@@ -10,7 +10,8 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 from urllib.parse import urlparse
@@ -26,6 +27,7 @@ AT_START = StorageConfig(deadline_seconds=6)
 T = TypeVar("T")
 PART = ".part-"
 """Beginning of the names of files that are still being written."""
+PIECE_BYTES = 64 * 2**20
 
 
 class NotFoundError(StorageError):
@@ -125,11 +127,20 @@ def local_copy(url: str, cache: Path | None = None) -> Path:
     root = (cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "persona-pruner") / version
     copy = LocalStorage(root, StorageConfig())
     for item in found:
-        name = Path(item.key).name if item.key == key else item.key.removeprefix(f"{key}/")
+        name = item.key[len(key) - len(Path(key).name) :]
         check_key(name)
         if not copy.exists(name):
-            copy.put(name, source.get(item.key))
-    return root / Path(key).name if found[0].key == key else root
+            copy.put_pieces(name, partial(_pieces, source, item))
+    return root / Path(key).name
+
+
+def _pieces(source: Storage, item: ObjectInfo) -> Iterator[bytes]:
+    """An object, if large in pieces: weights may take more than memory, and more time than one call has."""
+    if item.size <= PIECE_BYTES:
+        yield source.get(item.key)
+        return
+    for start in range(0, item.size, PIECE_BYTES):
+        yield source.get_range(item.key, start, PIECE_BYTES)
 
 
 def check_key(key: str) -> None:
@@ -183,16 +194,20 @@ class LocalStorage:
         return self._try(key, call)
 
     def put(self, key: str, data: bytes) -> None:
-        self._write(key, data, os.replace)
+        self._write(key, lambda: (data,), os.replace)
+
+    def put_pieces(self, key: str, pieces: Callable[[], Iterable[bytes]]) -> None:
+        """As `put`, of content that does not fit into memory. `pieces` is called again for another try."""
+        self._write(key, pieces, os.replace)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         try:
-            self._write(key, data, os.link)
+            self._write(key, lambda: (data,), os.link)
         except FileExistsError:
             return False
         return True
 
-    def _write(self, key: str, data: bytes, publish: Callable[[str, Path], None]) -> None:
+    def _write(self, key: str, pieces: Callable[[], Iterable[bytes]], publish: Callable[[str, Path], None]) -> None:
         target = self._path(key)
 
         def call() -> bool:
@@ -200,7 +215,8 @@ class LocalStorage:
             handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=PART)
             try:
                 with os.fdopen(handle, "wb") as file:
-                    file.write(data)
+                    for piece in pieces():
+                        file.write(piece)
                     file.flush()
                     os.fsync(file.fileno())
                 os.chmod(temporary, 0o644)

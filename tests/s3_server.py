@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from persona_pruner.storage import open_storage
+
 SCRIPTS = Path(__file__).parents[2] / "shared" / "s3"
 KEYS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
 
@@ -76,6 +78,15 @@ def new_bucket(settings: dict[str, str]) -> str:
     )
     client.create_bucket(Bucket=name)
     return name
+
+
+@pytest.fixture
+def mock_bucket(moto_s3, monkeypatch, tmp_path):
+    """Storage below a fresh bucket of moto's mock server; the environment leads there."""
+    for name, value in moto_s3.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return open_storage(f"s3://{new_bucket(moto_s3)}/inputs")
 
 
 def second_user(settings: dict[str, str]) -> tuple[dict[str, str], str]:

@@ -83,13 +83,14 @@ def test_travels_to_another_process(storage):
     assert pickle.loads(pickle.dumps(storage)).get("key") == b"value"
 
 
-def test_url_and_copy_of_a_prefix(storage, tmp_path):
+def test_url_and_copy_of_a_prefix(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr("persona_pruner.storage.PIECE_BYTES", 4)
     storage.put("model/config.json", b"{}")
-    storage.put("model/sub/weights", b"w")
+    storage.put("model/sub/weights", b"in pieces")
     assert read_url(f"{storage.url}/model/config.json") == b"{}"
     copy = local_copy(f"{storage.url}/model", tmp_path / "cache")
     assert (copy / "config.json").read_bytes() == b"{}"
-    assert (copy / "sub" / "weights").read_bytes() == b"w"
+    assert (copy / "sub" / "weights").read_bytes() == b"in pieces"
 
 
 def test_wrong_bytes_of_the_right_length_are_refused(storage):

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from persona_pruner.config import BackboneConfig
 from persona_pruner.errors import BackboneError
-from persona_pruner.storage import local_copy
+from persona_pruner.storage import NotFoundError, local_copy
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -96,7 +96,10 @@ def resolve(config: BackboneConfig) -> Path:
     if not config.path:
         raise BackboneError("backbone.path is not set; give a local directory, an s3:// prefix or a Hugging Face name")
     if config.path.startswith("s3://"):
-        path = local_copy(config.path)
+        try:
+            path = local_copy(config.path)
+        except NotFoundError as error:
+            raise BackboneError(f"backbone.path = {error}") from None
     else:
         path = Path(config.path)
         if not path.exists() and not path.is_absolute() and config.path.count("/") <= 1 and config.path[0] != ".":

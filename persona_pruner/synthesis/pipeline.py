@@ -8,7 +8,6 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,7 +18,7 @@ from persona_pruner.backbone.load import load_backbone
 from persona_pruner.config import RunConfig
 from persona_pruner.errors import PersonaError, SourceError, UserError
 from persona_pruner.manifest import Persona, read_manifest
-from persona_pruner.storage import StorageError, open_storage, read_url
+from persona_pruner.storage import NotFoundError, StorageError, open_storage, read_url
 from persona_pruner.synthesis import records, vllm
 from persona_pruner.synthesis.rewrite import OpenAiRewriter, Rewriter, SelfRewriter
 from persona_pruner.synthesis.select import select_questions
@@ -247,15 +246,16 @@ def evaluation_questions(config: RunConfig, persona_id: str) -> set[str]:
     if directory is None:
         return set()
     for name in (f"{persona_id}.json", f"{persona_id}.txt"):
-        path = Path(directory) / name
-        if path.is_file():
-            try:
-                text = read_url(str(path)).decode("utf-8")
-                value = json.loads(text) if path.suffix == ".json" else text.splitlines()
-            except ValueError as error:
-                raise PersonaError("evaluation_questions", f"{path}: not readable: {error}") from None
-            found = value.get("questions", []) if isinstance(value, dict) else value
-            return {fold(question) for question in found if isinstance(question, str)}
+        where = f"{directory}/{name}"
+        try:
+            text = read_url(where, config.storage).decode("utf-8")
+            value = json.loads(text) if name.endswith(".json") else text.splitlines()
+        except NotFoundError:
+            continue
+        except (StorageError, ValueError) as error:
+            raise PersonaError("evaluation_questions", f"{where}: not readable: {error}") from None
+        found = value.get("questions", []) if isinstance(value, dict) else value
+        return {fold(question) for question in found if isinstance(question, str)}
     return set()
 
 

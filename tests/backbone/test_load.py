@@ -57,3 +57,14 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
     (tmp_path / "bare" / "model.safetensors").unlink()
     with pytest.raises(BackboneError, match="convert the model to safetensors"):
         load_backbone(BackboneConfig(path=str(tmp_path / "bare")), deepspeed=False)
+
+
+def test_backbone_in_object_storage_mock(mock_bucket, tmp_path):
+    path = save_tiny(tmp_path / "tiny")
+    for file in path.iterdir():
+        mock_bucket.put(f"tiny/{file.name}", file.read_bytes())
+    local = load_backbone(BackboneConfig(path=str(path)), deepspeed=False)
+    remote = load_backbone(BackboneConfig(path=f"{mock_bucket.url}/tiny"), deepspeed=False)
+    assert (remote.name, remote.fingerprint) == (local.name, local.fingerprint)
+    with pytest.raises(BackboneError, match=r"backbone\.path = s3://.*/absent: nothing is there"):
+        resolve(BackboneConfig(path=f"{mock_bucket.url}/absent"))
