@@ -158,3 +158,19 @@ def test_catalog_opens_in_datasets_pandas_and_duckdb(output, tmp_path):
     found = duckdb.sql(f"select persona_id from '{file}' where ratio = {frame.ratio[1]} order by persona_id").fetchall()
     assert found == [(name,) for name in frame[frame.ratio == frame.ratio[1]].persona_id]
     assert ("bo",) in found
+
+
+def test_catalog_in_object_storage_opens_as_documented_mock(mock_bucket):
+    import datasets
+    import duckdb
+    import pandas
+
+    for number, name in enumerate(["ada", "bo", "cy"]):
+        mock_bucket.put(layout.mask(name), mask(name, seed=number).to_bytes())
+    write_catalog(mock_bucket, build_catalog(mock_bucket))
+    url = f"{mock_bucket.url}/{layout.CATALOG}"
+    catalog = pq.read_table(url)
+    found = duckdb.sql("select count(*), min(persona_id) from catalog where ratio = 0.6 and seed > 0").fetchall()
+    assert found == [(2, "bo")]
+    assert datasets.Dataset(catalog).filter(lambda row: row["seed"] == 2)["persona_id"][:] == ["cy"]
+    assert list(pandas.read_parquet(url).persona_id) == ["ada", "bo", "cy"]
