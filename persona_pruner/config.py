@@ -145,9 +145,11 @@ class FilterConfig(Section):
 
 class ActorsConfig(Section):
     min: Count = 1
-    """Backbone actors of the Ray Data pipeline, at least."""
+    """Backbones in the Ray Data pipeline, at least."""
     max: Count = 1
     """... and at most."""
+    shards: Count = 1
+    """Actors that hold one backbone together, 1/shards each (DeepSpeed ZeRO-3)."""
     num_cpus: Positive = 1.0
     """Ray CPUs per actor (fractions allowed)."""
     num_gpus: NonNegative = 0.0
@@ -367,7 +369,10 @@ class RunConfig(Section):
         ):
             del tree["synthesis"]["rewrite"][key]
         tree["groups"] = {"shards": self.groups.shards, "cpu_threads": self.groups.cpu_threads}
-        tree["synthesis"]["actors"] = {"cpu_threads": self.synthesis.actors.cpu_threads}
+        tree["synthesis"]["actors"] = {
+            "shards": self.synthesis.actors.shards,
+            "cpu_threads": self.synthesis.actors.cpu_threads,
+        }
         return tree
 
 

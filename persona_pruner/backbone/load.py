@@ -58,6 +58,13 @@ class Backbone:
     def sharded(self) -> bool:
         return self.world.size > 1
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gave, by rank. Raises as `all_reduce` does."""
+        found = [value] * self.world.size
+        if self.sharded:
+            dist.all_gather_object(found, value)
+        return found
+
     def all_reduce(self, values: Tensor) -> Tensor:
         """Sum over the ranks, in place. Raises RuntimeError when a rank is gone or silent for the world's timeout."""
         if self.sharded:
@@ -220,7 +227,7 @@ def _join(world: World, device: torch.device) -> None:
         if (dist.get_world_size(), dist.get_rank()) != (world.size, world.rank):
             raise BackboneError(f"this process is rank {dist.get_rank()} of {dist.get_world_size()} already")
     else:
-        address = world.address or f"127.0.0.1:{_free_port()}"
+        address = world.address or f"127.0.0.1:{free_port()}"
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             init_method=f"tcp://{address}",
@@ -263,9 +270,10 @@ def _build_operator() -> None:
             builder.load()
 
 
-def _free_port() -> int:
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens at now; "" for all of this machine's addresses."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 

@@ -12,7 +12,7 @@ import ray
 import torch
 
 from persona_pruner import layout
-from persona_pruner.backbone.load import World, load_backbone
+from persona_pruner.backbone.load import World, free_port, load_backbone
 from persona_pruner.config import RunConfig
 from persona_pruner.errors import MaskError, PersonaError, StorageError
 from persona_pruner.evaluation import table
@@ -38,9 +38,7 @@ class ShardActor:
 
     def address(self) -> str:
         """host:port at which rank 0 will listen."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+        return f"{ray.util.get_node_ip_address()}:{free_port('')}"
 
     def start(self, rank: int, size: int, address: str) -> dict[str, Any]:
         """Load this rank's shard. Returns pid, node, device and the share of parameters held here."""

@@ -12,17 +12,18 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayTaskError
 
 from persona_pruner import layout
-from persona_pruner.backbone.load import load_backbone
 from persona_pruner.config import RunConfig
 from persona_pruner.errors import PersonaError, SourceError, UserError
 from persona_pruner.manifest import Persona, read_manifest
 from persona_pruner.storage import NotFoundError, StorageError, open_storage, read_url
 from persona_pruner.synthesis import records, vllm
-from persona_pruner.synthesis.rewrite import OpenAiRewriter, Rewriter, SelfRewriter
+from persona_pruner.synthesis.rewrite import OpenAiRewriter, Rewriter
 from persona_pruner.synthesis.select import select_questions
-from persona_pruner.synthesis.sensitivity import Sensitivity, choose_references
+from persona_pruner.synthesis.sensitivity import choose_references
+from persona_pruner.synthesis.shards import open_backbone
 from persona_pruner.synthesis.sources import Question, fold, load_questions
 
 LEAST_KEPT = 5
@@ -77,18 +78,19 @@ def synthesize(
 def _run(job: _Job, blocks: list[list[Persona]]) -> Iterator[SynthesisResult]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors come as exceptions, with their trace
     context.target_max_block_size = 1
     rows = [{"personas": json.dumps([[p.id, p.description] for p in block])} for block in blocks]
     actors = job.config.synthesis.actors
     shared = ray.put(job)
+    whole = actors.shards == 1  # a group's actors have the resources; who calls them needs none
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _TileActor,
         fn_constructor_kwargs={"job": [shared]},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=min(actors.min, len(rows)), max_size=min(actors.max, len(rows))),
-        num_cpus=actors.num_cpus,
-        num_gpus=actors.num_gpus,
+        num_cpus=actors.num_cpus if whole else 0,
+        num_gpus=actors.num_gpus if whole else 0,
     )
     if job.config.synthesis.rewrite.backend == "vllm":
         data = _through_engines(data, shared, vllm.engines(job.config))
@@ -100,11 +102,15 @@ def _run(job: _Job, blocks: list[list[Persona]]) -> Iterator[SynthesisResult]:
             compute=ray.data.ActorPoolStrategy(size=1),
             num_cpus=min(0.25, actors.num_cpus),
         )
-    for row in data.iter_rows():
-        result = json.loads(row["result"])
-        if result.get("fatal"):
-            raise UserError(result["fatal"])
-        yield SynthesisResult(result["id"], tuple(result["error"]) if result["error"] else None, result["counts"])
+    try:
+        for row in data.iter_rows():
+            result = json.loads(row["result"])
+            yield SynthesisResult(result["id"], tuple(result["error"]) if result["error"] else None, result["counts"])
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            error.cause.args = (str(error.cause).splitlines()[0],)  # Ray Data has put its advice below
+            raise error.cause from None
+        raise
 
 
 @dataclass(frozen=True)
@@ -131,25 +137,29 @@ class _Selected:
 
 
 class _TileActor:
-    """Holds a DeepSpeed-initialized backbone; scores and selects, and rewrites too where the backbone is the voice."""
+    """Has a DeepSpeed-initialized backbone, or leads the actors that hold its shards; scores and selects, and rewrites
+    too where the backbone is the voice."""
 
     def __init__(self, job: list[Any]) -> None:
         self.job: _Job = ray.get(job[0])
         config = self.job.config
-        torch.set_num_threads(config.synthesis.actors.cpu_threads)
         self.storage = open_storage(self.job.output, config.storage)
-        backbone = load_backbone(config.backbone)
         texts = [question.text for question in self.job.questions]
-        self.sensitivity = Sensitivity(backbone, config, texts, self.job.references)
-        self.rewriter = SelfRewriter(backbone, config) if config.synthesis.rewrite.backend == "self" else None
+        self.fault: UserError | None = None
+        try:
+            self.backbone = open_backbone(config, texts, self.job.references)
+        except UserError as error:
+            self.fault = error  # told by the first call: Ray tries an actor that cannot be made again and again
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
+        if self.fault is not None:
+            raise self.fault
         for block in batch["personas"]:
             personas = [Persona(*row) for row in json.loads(block)]
-            for persona, scores in self.sensitivity.tile(personas):
+            for persona, scores in self.backbone.tile(personas):
                 row = self._select(persona, scores)
-                if self.rewriter is not None:
-                    yield {"result": [answer_and_commit(self.job, self.storage, self.rewriter, row)]}
+                if self.job.config.synthesis.rewrite.backend == "self":
+                    yield {"result": [answer_and_commit(self.job, self.storage, self.backbone, row)]}
                 else:
                     yield {"selected": [row.to_json()]}
 
@@ -214,7 +224,10 @@ def _through_engines(data: Any, shared: Any, engines: Callable[[Any], Any]) -> A
 
 
 def answer_and_commit(job: Any, storage: Any, rewriter: Rewriter, selected: _Selected) -> str:
-    """Rewrite and store one persona. Returns the result as JSON; a persona's own fault is part of it."""
+    """Rewrite and store one persona. Returns the result as JSON; a persona's own fault is part of it.
+
+    Raises RewriteError.
+    """
     persona = selected.persona
     result: dict[str, Any] = {"id": persona.id, "error": None, "counts": {}}
     try:
@@ -235,8 +248,6 @@ def answer_and_commit(job: Any, storage: Any, rewriter: Rewriter, selected: _Sel
         result["error"] = (error.cause, str(error))
     except StorageError as error:
         result["error"] = ("storage", str(error))
-    except UserError as error:
-        result["fatal"] = str(error)
     return json.dumps(result)
 
 

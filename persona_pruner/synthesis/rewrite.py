@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -44,10 +45,14 @@ class Rewriter(Protocol):
 
 
 class SelfRewriter:
-    """Samples from the unpruned backbone. Each row draws from its own generator, seeded by persona and question."""
+    """Samples from the unpruned backbone. Each row draws from its own generator, seeded by persona and question.
+
+    With a sharded backbone each rank samples its part of the rows, and every rank has all answers in the end.
+    """
 
     def __init__(self, backbone: Backbone, config: RunConfig) -> None:
         self.config = config
+        self._backbone = backbone
         self.model = backbone.fingerprint[:16]
         self._runner = Runner(backbone)
         self._model: Any = backbone.model
@@ -67,12 +72,17 @@ class SelfRewriter:
         shared = self._runner.can_share([prefix], max(map(len, suffixes)) + settings.max_new_tokens)
         before = self._runner.prefix([prefix]).layers if shared else []
         found: dict[tuple[int, int], Answer] = {}
-        for start in range(0, len(rows), settings.batch_size):
-            part = rows[start : start + settings.batch_size]
+        world = self._backbone.world
+        mine = rows[world.rank :: world.size]
+        for start in range(0, -(-len(rows) // world.size), settings.batch_size):
+            # Every rank takes part in every pass, also where no row is left for it.
+            part = mine[start : start + settings.batch_size] or rows[:1]
             prompts = [suffixes[i] if shared else [*prefix, *suffixes[i]] for _, i, _ in part]
             draws = [self._draws(persona, questions[i], sample) for _, i, sample in part]
             texts = self._sample(prompts, before, torch.stack(draws))
             found |= {(i, sample): text for (_, i, sample), text in zip(part, texts, strict=True)}
+        for others in self._backbone.gather(found):
+            found |= others
         return [[found[i, sample] for sample in range(samples)] for i in range(len(questions))]
 
     def _draws(self, persona: Persona, question: Question, sample: int) -> Tensor:
@@ -82,7 +92,7 @@ class SelfRewriter:
 
     def _sample(self, prompts: list[list[int]], before: list[tuple[Tensor, Tensor]], draws_BT: Tensor) -> list[Answer]:
         """Continue left-padded prompts, which stand behind the prefix whose keys and values are `before`."""
-        rows, width, device = len(prompts), max(map(len, prompts)), self._runner.backbone.device
+        rows, width, device = len(prompts), max(map(len, prompts)), self._backbone.device
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(before):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
@@ -98,7 +108,8 @@ class SelfRewriter:
         out: list[Tensor] = []
         going_B = torch.ones(rows, dtype=torch.bool, device=device)
         for step in range(draws_BT.shape[1]):
-            result = self._model(
+            call = partial(
+                self._model,
                 tokens_BT,
                 attention_mask=seen_BT,
                 position_ids=positions_BT,
@@ -106,10 +117,10 @@ class SelfRewriter:
                 use_cache=True,
                 logits_to_keep=1,
             )
-            chosen_B = self._choose(result.logits[:, -1], draws_BT[:, step].to(device))
+            chosen_B = self._choose(self._backbone.enter(call).logits[:, -1], draws_BT[:, step].to(device))
             out.append(torch.where(going_B, chosen_B, self._end))
             going_B &= chosen_B != self._end
-            if not going_B.any():
+            if not self._backbone.all_reduce(going_B.sum()):
                 break
             tokens_BT, positions_BT = out[-1][:, None], positions_BT[:, -1:] + 1
             seen_BT = torch.cat([seen_BT, seen_BT.new_ones(rows, 1)], 1)

@@ -30,7 +30,8 @@ def choose_references(personas: Sequence[Persona], count: int, seed: int) -> lis
 
 class Sensitivity:
     """Scores questions for personas with one backbone. A persona's scores depend on it, the references and the
-    questions only: every batch holds one persona and one fixed chunk of questions.
+    questions only: every batch holds one persona and one fixed chunk of questions. With a sharded backbone each rank
+    runs its part of every chunk, and every rank has all scores in the end.
 
     Raises BackboneError where fewer than two reference candidates fit in half of `synthesis.max_prompt_tokens`.
     """
@@ -60,6 +61,8 @@ class Sensitivity:
         size = config.synthesis.tile_questions
         order = sorted(askable, key=lambda i: (len(self._plain[i]), i))
         self.chunks = [order[i : i + size] for i in range(0, len(order), size)]
+        self._askable = torch.zeros(len(questions), dtype=torch.bool)
+        self._askable[order] = True
         with torch.no_grad():
             self.references = [_Prompt(self, p) for p in fitting]
 
@@ -93,11 +96,14 @@ class Sensitivity:
         for persona in personas:
             try:
                 prompts[persona.id] = _Prompt(self, persona)
-                found[persona.id] = torch.full((len(self._questions),), torch.nan)
+                found[persona.id] = torch.zeros(len(self._questions))
             except PersonaError as error:
                 found[persona.id] = error
+        world = self.runner.backbone.world
         for chunk in self.chunks:
-            units = [reference.unit_states(chunk) for reference in self.references]
+            # Every rank takes part in every pass, also where the chunk has no question left for it.
+            own_part = chunk[world.rank :: world.size]
+            units = [reference.unit_states(own_part or chunk[:1]) for reference in self.references]
             for prompt in prompts.values():
                 others, own_LQD = [], None
                 for reference, unit in zip(self.references, units, strict=True):
@@ -109,22 +115,24 @@ class Sensitivity:
                 scores = found[prompt.persona.id]
                 assert isinstance(scores, Tensor)
                 if own_LQD is None:
-                    own_LQD = prompt.unit_states(chunk)
+                    own_LQD = prompt.unit_states(own_part or chunk[:1])
                 cosine_Q = (torch.stack(others).sum(0) * own_LQD).sum(-1).mean(0)
-                scores[chunk] = (1 - cosine_Q / len(others)).float().cpu()
+                scores[own_part] = (1 - cosine_Q / len(others)).float().cpu()[: len(own_part)]
+        for prompt in prompts.values():
+            scores = found[prompt.persona.id]
+            assert isinstance(scores, Tensor)
+            found[prompt.persona.id] = self.runner.backbone.all_reduce(scores.to(self.runner.backbone.device)).cpu()
         for persona in personas:
             yield persona, self._checked(found[persona.id], prompts.get(persona.id))
 
     def _checked(self, scores: Tensor | PersonaError, prompt: "_Prompt | None") -> Tensor | PersonaError:
         if isinstance(scores, PersonaError) or prompt is None:
             return scores
-        asked = torch.zeros(len(scores), dtype=torch.bool)
-        asked[[i for chunk in self.chunks for i in chunk]] = True
-        if not scores[asked].isfinite().all():
+        if not scores[self._askable].isfinite().all():
             return PersonaError("not_finite", "the backbone's hidden states under this description are not finite")
         room = self._limit - len(prompt.prefix_tokens)
         left_out = torch.tensor([not suffix or len(suffix) > room for suffix in prompt.suffixes])
-        return scores.masked_fill(left_out, torch.nan)
+        return scores.masked_fill(left_out | ~self._askable, torch.nan)
 
     def states(self, tokens_QT: Tensor, lengths_Q: Tensor, prefix: Prefix | None) -> Tensor:
         """Hidden states [L, Q, D] after each block of the range, at the last token of each right-padded row."""

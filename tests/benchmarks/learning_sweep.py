@@ -1,6 +1,8 @@
 """The sweep behind the learning defaults: held-out loss by setting, on synthesized and real text.
 
-python tests/benchmarks/learning_sweep.py [--personas 2] [--ratio 0.5] [--quick]
+    python tests/benchmarks/learning_sweep.py [--personas 2] [--ratio 0.5] [--run OUTPUT] [--quick]
+
+On the shared backbone, or with --run on the shipped one, with the data of a finished quickstart (runs/quickstart).
 """
 
 import argparse
@@ -11,18 +13,26 @@ from pathlib import Path
 
 import torch
 from mask_quality import configuration, text_losses, train
-from persona_text import personas
+from persona_text import Persona, personas
 
 from persona_pruner.backbone.load import load_backbone
+from persona_pruner.config import load_config
+from persona_pruner.evaluation.table import read_conversations
+from persona_pruner.manifest import read_manifest
+from persona_pruner.storage import open_storage
+from persona_pruner.synthesis.records import read_persona_data
 
+EXAMPLE = Path(__file__).parents[2] / "manifests" / "quickstart"
 PAPER = {"cross_entropy": 1.0, "distillation": 0.0}
 SETTINGS: dict[str, dict[str, object]] = {
     "default": {},
     "paper's objective": {"objective": PAPER},
-    "rate x 3": {"learning_rate": 0.015},
-    "rate / 3": {"learning_rate": 0.0017},
-    "constant": {"schedule": "constant"},
+    "twice the rate": {"learning_rate": 2},
+    "half the rate": {"learning_rate": 0.5},
+    "linear": {"schedule": "linear"},
     "cosine": {"schedule": "cosine"},
+    "last scores": {"average": 0.0},
+    "linear, last scores": {"schedule": "linear", "average": 0.0},
     "twice the steps": {"steps": 2},
     "half the steps": {"steps": 0.5},
     "from zeros": {"init": "zeros"},
@@ -30,6 +40,19 @@ SETTINGS: dict[str, dict[str, object]] = {
     "8 rows": {"rows_per_step": 8},
     "32 rows": {"rows_per_step": 32},
 }
+"""Changes of one setting; the rate and the steps are multiples of the default's."""
+
+
+def shipped(run: str, count: int) -> list[Persona]:
+    """Personas of a finished quickstart, with their data and their own conversations."""
+    config, storage = load_config(EXAMPLE / "run.yaml"), open_storage(run)
+    conversations = read_conversations(config)
+    found = []
+    for persona in read_manifest(str(EXAMPLE / "personas.jsonl")).personas[:count]:
+        data = read_persona_data(storage, persona)
+        real = tuple(conversations[persona.id])
+        found.append(Persona(persona.id, persona.description, data.train, data.heldout, real))
+    return found
 
 
 def main() -> None:
@@ -38,19 +61,22 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--cache", type=Path, default=Path("runs/persona_text"))
+    parser.add_argument("--run", help="output of a finished quickstart")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config = configuration()
+    config = load_config(EXAMPLE / "run.yaml") if options.run else configuration()
     backbone = load_backbone(config.backbone, deepspeed=False)
     sizes = (16, 8) if options.quick else (256, 64)
-    who = personas(backbone, config, 1 if options.quick else options.personas, options.cache, *sizes)
+    count = 1 if options.quick else options.personas
+    who = shipped(options.run, count) if options.run else personas(backbone, config, count, options.cache, *sizes)
     dense = [text_losses(backbone, config, p, None) for p in who]
+    learning = config.learning
     result = {}
     for name in options.settings[:2] if options.quick else options.settings:
-        values = dict(SETTINGS[name])
-        steps = 2 if options.quick else config.learning.steps
-        values["steps"] = max(round(steps * float(values.get("steps", 1))), 1)  # type: ignore[arg-type]
+        values = {"steps": 1.0, "learning_rate": 1.0, **SETTINGS[name]}
+        values["steps"] = max(round((2 if options.quick else learning.steps) * values["steps"]), 1)  # type: ignore[operator]
+        values["learning_rate"] *= learning.learning_rate  # type: ignore[operator]
         start = time.monotonic()
         masks = [train(backbone, p.data(), ratio=options.ratio, **values).keep_LI for p in who]
         taken = (time.monotonic() - start) / len(who)

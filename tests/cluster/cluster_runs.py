@@ -10,6 +10,8 @@ import time
 from hashlib import sha256
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "manifests" / "quickstart"
 SMALL = [
@@ -60,6 +62,12 @@ def data(output: Path) -> dict[str, str]:
         file.parent.name: sha256(file.read_bytes()).hexdigest()
         for file in Path(output).glob("synthesis/personas/*/data.parquet")
     }
+
+
+def rows(output: Path) -> list[dict]:
+    """All synthesized data of an output."""
+    files = sorted(Path(output).glob("synthesis/personas/*/data.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
 def with_data_of(undisturbed, to: Path) -> Path:

@@ -63,6 +63,21 @@ def test_scoring_actor_killed_in_the_middle(undisturbed, tmp_path, cost):
     assert_same(output, undisturbed)
 
 
+@pytest.mark.fault
+def test_two_shards_that_score_and_answer_give_the_same_data_also_when_one_is_killed(undisturbed, tmp_path, cost):
+    output = tmp_path / "out"
+    with cost("SIGKILL of one shard of two that score", whole=True):
+        job = runs.start(output, "synthesis.actors.shards=2", "synthesis.actors.num_cpus=0.5")
+        runs.wait_for(lambda: runs.data(output), 200)
+        os.kill(runs.pids_of(job, "ray::Shard.")[1], signal.SIGKILL)
+        text, _ = job.communicate(timeout=280)
+    assert job.returncode == 0, text
+    for one, two in zip(runs.rows(undisturbed), runs.rows(output), strict=True):
+        scores = one.pop("score"), two.pop("score")
+        assert scores[1] == pytest.approx(scores[0], abs=1e-5)
+        assert one == two
+
+
 def test_driver_killed_twice_then_submitted_again(undisturbed, tmp_path, cost):
     output = tmp_path / "out"
     with cost("SIGKILL of the driver with its Ray, twice", whole=True):

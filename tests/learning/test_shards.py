@@ -16,7 +16,9 @@ from persona_pruner.learning.objective import Settings
 from persona_pruner.learning.outcome import Progress
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.manifest import Persona
+from persona_pruner.synthesis.rewrite import SelfRewriter
 from persona_pruner.synthesis.sensitivity import Sensitivity
+from persona_pruner.synthesis.sources import Question, question_id
 
 NAMES = ["Ann", "Barbara"]
 FOREVER = 100_000
@@ -32,7 +34,7 @@ def _rank(path: str, rank: int, size: int, port: int, queue: Any, steps: int) ->
         queue.put((rank, "error", repr(error)))
 
 
-def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, Any, Any, Any, Any]:
+def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, Any, Any, Any, Any, Any]:
     from persona_pruner.evaluation.losses import heldout_loss
 
     config = tiny_config(path, steps=steps, rows_per_step=5, keep_scores=True)
@@ -41,6 +43,7 @@ def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, A
     data = [persona_data(name) for name in NAMES]
     gradient = _gradient(backbone) if steps != FOREVER else None
     scores = _scores(backbone) if steps != FOREVER else None
+    answers = _answers(backbone) if steps != FOREVER else None
 
     def see(progress: Progress) -> None:
         if steps == FOREVER and progress.step == 3:
@@ -49,7 +52,7 @@ def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, A
     outcomes = MaskTrainer(backbone, config).train(data, run_id="r", progress=see)
     loss = heldout_loss(backbone, config, data[0].description, data[0].heldout, None)
     arrays = [o.mask and (o.mask.keep_LI.numpy(), o.mask.scores_LI.numpy()) for o in outcomes]
-    return held, arrays, loss, gradient, scores, _in_bfloat16(path, world, data)
+    return held, arrays, loss, gradient, scores, answers, _in_bfloat16(path, world, data)
 
 
 def _gradient(backbone: Any) -> tuple[Any, Any]:
@@ -62,6 +65,17 @@ def _gradient(backbone: Any) -> tuple[Any, Any]:
 def _scores(backbone: Any) -> list[Any]:
     asked = check_config({"backbone": {"path": "x"}, "synthesis": {"references": {"count": 2}, "tile_questions": 2}})
     return [scores.numpy() for _, scores in Sensitivity(backbone, asked, QUESTIONS, PERSONAS).tile(PERSONAS)]
+
+
+def _answers(backbone: Any) -> list[Any]:
+    """Two samples of each question, in batches that do not divide evenly over the ranks."""
+    rewrite = {"samples_per_question": 2, "max_new_tokens": 12, "batch_size": 2}
+    settings = check_config({"backbone": {"path": "x"}, "synthesis": {"rewrite": rewrite}})
+    questions = [Question(question_id(text), text, None) for text in QUESTIONS[:2]]
+    rewriter = SelfRewriter(backbone, settings)
+    return [rewriter.answers(persona, questions) for persona in PERSONAS] + [
+        rewriter.answers(PERSONAS[0], questions[:1])
+    ]
 
 
 def _in_bfloat16(path: str, world: World, data: Any) -> list[tuple[float, int]]:
@@ -125,8 +139,14 @@ def test_sensitivity_of_one_and_two_shards_equals_the_pairwise_formula(results, 
             assert answer[5][number].tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_answers_of_two_shards_are_those_of_one_on_every_rank(results):
+    ((*_, whole, _),) = results[1]
+    assert len({answer.text for answers in whole for row in answers for answer in row}) > len(PERSONAS)
+    assert [answer[6] for answer in results[2]] == [whole, whole]
+
+
 def test_bfloat16_and_recomputed_activations_work_on_shards(results):
-    (two,), (one,) = ([answer[6] for answer in results[size] if answer[6]] for size in (2, 1))
+    (two,), (one,) = ([answer[7] for answer in results[size] if answer[7]] for size in (2, 1))
     assert [kept for _, kept in two] == [kept for _, kept in one] == [3 * 32] * 2
     assert [loss for loss, _ in two] == pytest.approx([loss for loss, _ in one], rel=0.02)
 

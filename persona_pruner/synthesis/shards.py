@@ -1,0 +1,131 @@
+"""A backbone of the scoring pool, in one process or in several actors that hold a shard each.
+
+All ranks of a world are called alike and in the same order; rank 0's answer counts.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor
+
+from persona_pruner.backbone.load import World, free_port, load_backbone
+from persona_pruner.config import RunConfig
+from persona_pruner.errors import PersonaError, UserError
+from persona_pruner.manifest import Persona
+from persona_pruner.synthesis.records import Answer
+from persona_pruner.synthesis.rewrite import SelfRewriter
+from persona_pruner.synthesis.sensitivity import Sensitivity
+from persona_pruner.synthesis.sources import Question
+
+MAX_LOST = 5
+"""Groups that may be lost over one call before the call is held to be the cause."""
+log = logging.getLogger(__name__)
+
+Scores = list[tuple[Persona, Tensor | PersonaError]]
+
+
+class Shard:
+    """One rank: scores tiles of personas, and answers where the backbone is the voice (Rewriter)."""
+
+    def __init__(self, config: RunConfig, questions: Sequence[str], references: Sequence[Persona]) -> None:
+        self._config, self._questions, self._references = config, questions, references
+
+    def address(self) -> str:
+        """host:port at which rank 0 will listen."""
+        return f"{ray.util.get_node_ip_address()}:{free_port('')}"
+
+    def start(self, rank: int, size: int, address: str) -> None:
+        """Load this rank's part of the backbone."""
+        torch.set_num_threads(self._config.synthesis.actors.cpu_threads)
+        world = World(rank, size, address, self._config.groups.timeout_seconds)
+        backbone = load_backbone(self._config.backbone, world)
+        self._sensitivity = Sensitivity(backbone, self._config, self._questions, self._references)
+        self._rewriter = SelfRewriter(backbone, self._config)
+        self.model = self._rewriter.model
+
+    def fingerprint(self) -> str:
+        """What the backbone is called as the model that answers."""
+        return self.model
+
+    def tile(self, personas: Sequence[Persona]) -> Scores:
+        """As Sensitivity.tile."""
+        return list(self._sensitivity.tile(personas))
+
+    def answers(self, persona: Persona, questions: Sequence[Question]) -> list[list[Answer]]:
+        return self._rewriter.answers(persona, questions)
+
+
+class ShardGroup:
+    """Shards as actors of one placement group, called as if they were one. A group that loses an actor is replaced."""
+
+    def __init__(self, config: RunConfig, questions: Sequence[str], references: Sequence[Persona]) -> None:
+        self._config = config
+        self._arguments = (config, questions, references)
+        self._actors: list[Any] = []
+        self._placement: PlacementGroup | None = None
+        self.model: str = self._call("fingerprint")
+
+    def tile(self, personas: Sequence[Persona]) -> Scores:
+        return self._call("tile", personas)  # type: ignore[no-any-return]
+
+    def answers(self, persona: Persona, questions: Sequence[Question]) -> list[list[Answer]]:
+        return self._call("answers", persona, questions)  # type: ignore[no-any-return]
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        """Every call can be repeated: shards keep nothing but the backbone."""
+        for lost in range(MAX_LOST + 1):
+            try:
+                if not self._actors:
+                    self._start()
+                return ray.get([getattr(actor, method).remote(*arguments) for actor in self._actors])[0]
+            except RayError as error:
+                self._close()
+                cause = getattr(error, "cause", None)
+                if isinstance(cause, UserError):
+                    raise cause from None
+                if lost == MAX_LOST:
+                    raise
+                log.warning("a scoring group was lost and is replaced: %s", str(error).splitlines()[0])
+        raise AssertionError("unreachable")
+
+    def _start(self) -> None:
+        """Wait for the resources, however long a cluster takes to grow, and load the backbone."""
+        settings = self._config.synthesis.actors
+        bundle = {"CPU": settings.num_cpus} | ({"GPU": settings.num_gpus} if settings.num_gpus else {})
+        self._placement = placement_group([bundle] * settings.shards, strategy="PACK")
+        ray.get(self._placement.ready())
+        remote: Any = ray.remote(max_restarts=0)(Shard)  # type: ignore[call-overload]
+        self._actors = [
+            remote.options(
+                num_cpus=settings.num_cpus,
+                num_gpus=settings.num_gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
+            ).remote(*self._arguments)
+            for index in range(settings.shards)
+        ]
+        address = self._actors[0].address.remote()
+        started = [actor.start.remote(rank, settings.shards, address) for rank, actor in enumerate(self._actors)]
+        ray.get(started, timeout=self._config.groups.timeout_seconds)
+
+    def _close(self) -> None:
+        """Actors first: calls to actors of a removed placement group hang."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+
+
+def open_backbone(config: RunConfig, questions: Sequence[str], references: Sequence[Persona]) -> Shard | ShardGroup:
+    """The backbone of one worker of the pipeline, loaded. Raises UserError."""
+    if config.synthesis.actors.shards > 1:
+        return ShardGroup(config, questions, references)
+    whole = Shard(config, questions, references)
+    whole.start(0, 1, "")
+    return whole
