@@ -21,7 +21,7 @@ ALLOWED_BELOW = {
 }
 """Lazy imports: an s3:// address alone needs boto3; Mask.apply hooks into a model."""
 ONLY_IN = {
-    "ray": ("scheduling/", "synthesis/pipeline.py", "synthesis/vllm.py"),
+    "ray": ("scheduling/", "synthesis/pipeline.py", "synthesis/shards.py", "synthesis/vllm.py"),
     "deepspeed": ("backbone/load.py",),
     "boto3": ("storage_s3.py",),
     "botocore": ("storage_s3.py",),

@@ -120,6 +120,7 @@ def test_submit_without_token_or_server_is_one_line(head, tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.fault
 def test_job_stop_checkpoints_and_a_new_submission_goes_on(head, undisturbed, tmp_path, cost):
     output = tmp_path / "out"
     words = ["submit", "--address", head.address, "--output", str(output), "--config", "manifests/quickstart/run.yaml"]

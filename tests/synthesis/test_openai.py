@@ -68,8 +68,8 @@ def rewriter(proxy, directory, **settings):
 
 
 def test_500_answers_come_through_faults_and_each_is_paid_for_once(proxy, tmp_path):
-    proxy.plan(faults.RATE, faults.LOST, faults.CUT, faults.RATE, faults.LOST, faults.HANG, share=0.3)
-    backend = rewriter(proxy, tmp_path, timeout_seconds=4)
+    proxy.plan(*(faults.RATE, faults.LOST, faults.CUT) * 3, faults.HANG, share=0.3)
+    backend = rewriter(proxy, tmp_path, timeout_seconds=4, concurrency=16)
     answers = {p.id: backend.answers(p, QUESTIONS) for p in PERSONAS}
     assert proxy.seen > 150
     assert all(len(samples) == 1 and samples[0].text for rows in answers.values() for samples in rows)
