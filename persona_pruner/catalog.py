@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from persona_pruner import layout
 from persona_pruner.mask import Mask
-from persona_pruner.storage import NotFoundError, ObjectInfo, Storage
+from persona_pruner.storage import NotFoundError, ObjectInfo, Storage, read_parquet
 
 SCHEMA = pa.schema(
     [
@@ -85,7 +85,7 @@ def read_catalog(storage: Storage, columns: Sequence[str] = tuple(SCHEMA.names))
     """The stored catalog; empty where there is none or it cannot be read."""
     schema = pa.schema([SCHEMA.field(name) for name in columns])
     try:
-        table = pq.read_table(pa.BufferReader(storage.get(layout.CATALOG)), columns=schema.names)
+        table = read_parquet(storage.get(layout.CATALOG), schema.names)
         return table.select(schema.names).cast(schema)
     except (NotFoundError, pa.ArrowException, KeyError, OSError, ValueError):
         return schema.empty_table()

@@ -12,10 +12,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from persona_pruner.errors import ManifestError, StorageError
-from persona_pruner.storage import NotFoundError, read_url
+from persona_pruner.storage import NotFoundError, read_parquet, read_url
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ID_RULE = "1 to 128 of A-Z a-z 0-9 . _ -, beginning with a letter or digit"
@@ -123,7 +122,7 @@ def _decoded(url: str, row: int, data: bytes, offset: int, faults: list[str]) ->
 
 def _parquet_rows(url: str, data: bytes, faults: list[str]) -> Iterable[tuple[int, dict[str, Any]]]:
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = read_parquet(data)
         rows = table.to_pylist()
     except UnicodeDecodeError as error:
         faults.append(f"{url}: holds text that is not UTF-8: byte 0x{error.object[error.start]:02x}")

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 from urllib.parse import urlparse
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from persona_pruner.config import StorageConfig
@@ -109,6 +111,15 @@ def read_url(url: str, config: StorageConfig = AT_START) -> bytes:
         raise NotFoundError(f"{url}: no such file") from None
     except OSError as error:
         raise StorageError(f"{url}: cannot be read: {error.strerror}") from None
+
+
+def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file's table, without those of `columns` that it lacks. Raises pyarrow.ArrowException.
+
+    Read in the calling thread: one of Arrow's own threads may be the last to let go of `data`, and where the process
+    ends in that moment, it is aborted (std::terminate in the thread that waits for the interpreter's lock).
+    """
+    return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)
 
 
 def local_copy(url: str, cache: Path | None = None) -> Path:

@@ -1,6 +1,8 @@
 """The same behaviour on a local directory, moto's mock server and a real S3 server."""
 
 import pickle
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -136,3 +138,20 @@ def test_unwritable_places_are_told(tmp_path):
         open_storage("ftp://host/x")
     with pytest.raises(StorageError, match="no bucket"):
         open_storage("s3:///x")
+
+
+def test_reading_parquet_leaves_no_thread_behind_that_could_abort_the_process_at_its_end():
+    script = """if True:
+        import io, os
+        import pyarrow as pa, pyarrow.parquet as pq
+        from persona_pruner.storage import read_parquet
+        stream = io.BytesIO()
+        pq.write_table(pa.table({"id": range(100_000), "description": ["x"] * 100_000}), stream)
+        threads = lambda: len(os.listdir("/proc/self/task"))
+        before = threads()
+        assert read_parquet(stream.getvalue()).num_rows == 100_000
+        assert read_parquet(stream.getvalue(), ["id", "absent"]).column_names == ["id"]
+        assert threads() == before, (before, threads())
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

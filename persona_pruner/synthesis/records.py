@@ -15,7 +15,7 @@ from persona_pruner.config import RunConfig
 from persona_pruner.errors import PersonaError
 from persona_pruner.learning.data import PersonaData, Row
 from persona_pruner.manifest import Persona
-from persona_pruner.storage import NotFoundError, Storage
+from persona_pruner.storage import NotFoundError, Storage, read_parquet
 from persona_pruner.synthesis import filters
 from persona_pruner.synthesis.sources import Question
 
@@ -112,7 +112,7 @@ def read_table(storage: Storage, persona_id: str) -> pa.Table:
     """The stored rows. Raises PersonaError (no_data, bad_data)."""
     key = layout.persona_data(persona_id)
     try:
-        table = pq.read_table(pa.BufferReader(storage.get(key)))
+        table = read_parquet(storage.get(key))
         return table.select(SCHEMA.names).cast(SCHEMA.with_metadata(table.schema.metadata))
     except NotFoundError:
         raise PersonaError("no_data", f"{storage.url}/{key}: not there; synthesize first") from None

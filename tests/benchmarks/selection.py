@@ -1,7 +1,9 @@
 """Masks trained on the most revealing questions against masks trained on as many random ones: held-out loss on the
 personas' real conversations (the paper's ablation, in likelihood terms).
 
-python tests/benchmarks/selection.py [--personas 6] [--questions 1500] [--rows 96] [--steps 60] [--quick]
+    python tests/benchmarks/selection.py [--personas 6] [--questions 1500] [--steps 60] [--example] [--quick]
+
+--example: the shipped backbone and its personas, which shows more of its persona than the shared one.
 """
 
 import argparse
@@ -17,12 +19,15 @@ from torch import Tensor
 
 from persona_pruner import manifest
 from persona_pruner.backbone.load import Backbone, load_backbone
-from persona_pruner.config import SelectConfig
+from persona_pruner.config import RunConfig, SelectConfig, load_config
 from persona_pruner.evaluation.losses import heldout_loss
+from persona_pruner.evaluation.table import read_conversations
 from persona_pruner.learning.data import PersonaData
 from persona_pruner.synthesis.select import select_questions
-from persona_pruner.synthesis.sensitivity import Sensitivity
-from persona_pruner.synthesis.sources import Question, question_id
+from persona_pruner.synthesis.sensitivity import Sensitivity, choose_references
+from persona_pruner.synthesis.sources import Question, load_questions, question_id
+
+EXAMPLE = Path(__file__).parents[2] / "manifests" / "quickstart"
 
 
 def loss(backbone: Backbone, who: Persona, asked: list[str], steps: int) -> float:
@@ -33,6 +38,27 @@ def loss(backbone: Backbone, who: Persona, asked: list[str], steps: int) -> floa
     return heldout_loss(backbone, config, who.description, who.real, train(backbone, data, steps=steps).keep_LI)
 
 
+def shared(
+    backbone: Backbone, config: RunConfig, options: argparse.Namespace
+) -> tuple[list[Persona], list[manifest.Persona], list[Question]]:
+    """Personas, references and questions of ../shared/data."""
+    who = personas(backbone, config, options.personas + 10, options.cache, 0, 0)
+    questions = [Question(question_id(text), text, None) for text in random.Random(0).sample(pool(), options.questions)]
+    references = [manifest.Persona(p.id, p.description) for p in who[options.personas :]]
+    return who[: options.personas], references, questions
+
+
+def shipped(
+    config: RunConfig, options: argparse.Namespace
+) -> tuple[list[Persona], list[manifest.Persona], list[Question]]:
+    """The same of the shipped example."""
+    people = manifest.read_manifest(str(EXAMPLE / "personas.jsonl")).personas
+    spoken = read_conversations(config)
+    who = [Persona(p.id, p.description, (), (), tuple(spoken[p.id])) for p in people[: options.personas]]
+    references = choose_references(people, config.synthesis.references.count, config.synthesis.seed)
+    return who, references, load_questions(config.synthesis)[: options.questions]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--personas", type=int, default=6)
@@ -40,19 +66,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--cache", type=Path, default=Path("runs/persona_text"))
+    parser.add_argument("--example", action="store_true")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if options.quick:
         options.personas, options.questions, options.rows, options.steps = 2, 40, 16, 3
     torch.set_num_threads(1)
-    config = configuration()
+    config = load_config(EXAMPLE / "run.yaml") if options.example else configuration()
     backbone = load_backbone(config.backbone, deepspeed=False)
-    who = personas(backbone, config, options.personas + 10, options.cache, 0, 0)
-    questions = [Question(question_id(text), text, None) for text in random.Random(0).sample(pool(), options.questions)]
-    references = [manifest.Persona(p.id, p.description) for p in who[options.personas :]]
+    who, references, questions = shipped(config, options) if options.example else shared(backbone, config, options)
     scorer = Sensitivity(backbone, config, [q.text for q in questions], references)
     differences = []
-    for p in who[: options.personas]:
+    for p in who:
         ((_, scores),) = scorer.tile([manifest.Persona(p.id, p.description)])
         assert isinstance(scores, Tensor)
         losses = []
