@@ -19,7 +19,7 @@ from torch import Tensor
 
 from persona_pruner import manifest
 from persona_pruner.backbone.load import Backbone, load_backbone
-from persona_pruner.config import RunConfig, SelectConfig, load_config
+from persona_pruner.config import RunConfig, load_config
 from persona_pruner.evaluation.losses import heldout_loss
 from persona_pruner.evaluation.table import read_conversations
 from persona_pruner.learning.data import PersonaData
@@ -82,7 +82,8 @@ def main() -> None:
         assert isinstance(scores, Tensor)
         losses = []
         for method in ("top_k", "random"):
-            chosen = select_questions(SelectConfig(method=method, k=options.rows), questions, scores, seed=p.id)
+            select = config.synthesis.select.model_copy(update={"method": method, "k": options.rows})
+            chosen = select_questions(select, questions, scores, seed=p.id)
             losses.append(loss(backbone, p, [questions[i].text for i in chosen], options.steps))
         differences.append(losses[1] - losses[0])
         print(f"{p.id}: selected {losses[0]:.4f}, random {losses[1]:.4f}", flush=True)
