@@ -6,6 +6,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import http_faults as faults
@@ -69,8 +70,12 @@ def rewriter(proxy, directory, **settings):
 
 def test_500_answers_come_through_faults_and_each_is_paid_for_once(proxy, tmp_path):
     proxy.plan(*(faults.RATE, faults.LOST, faults.CUT) * 3, faults.HANG, share=0.3)
-    backend = rewriter(proxy, tmp_path, timeout_seconds=4, concurrency=16)
-    answers = {p.id: backend.answers(p, QUESTIONS) for p in PERSONAS}
+
+    def ask(persona):
+        return rewriter(proxy, tmp_path, timeout_seconds=4, concurrency=4).answers(persona, QUESTIONS)
+
+    with ThreadPoolExecutor(len(PERSONAS)) as actors:
+        answers = dict(zip((p.id for p in PERSONAS), actors.map(ask, PERSONAS), strict=True))
     assert proxy.seen > 150
     assert all(len(samples) == 1 and samples[0].text for rows in answers.values() for samples in rows)
     delivered = Counter(proxy.delivered)
