@@ -9,20 +9,19 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from mask_quality import configuration, text_losses, train
-from persona_text import Persona, personas
+from persona_text import EXAMPLE, Persona, personas, shipped_personas
 
+from persona_pruner import manifest
 from persona_pruner.backbone.load import load_backbone
 from persona_pruner.config import load_config
-from persona_pruner.evaluation.table import read_conversations
-from persona_pruner.manifest import read_manifest
 from persona_pruner.storage import open_storage
 from persona_pruner.synthesis.records import read_persona_data
 
-EXAMPLE = Path(__file__).parents[2] / "manifests" / "quickstart"
 PAPER = {"cross_entropy": 1.0, "distillation": 0.0}
 SETTINGS: dict[str, dict[str, object]] = {
     "default": {},
@@ -45,14 +44,10 @@ SETTINGS: dict[str, dict[str, object]] = {
 
 def shipped(run: str, count: int) -> list[Persona]:
     """Personas of a finished quickstart, with their data and their own conversations."""
-    config, storage = load_config(EXAMPLE / "run.yaml"), open_storage(run)
-    conversations = read_conversations(config)
-    found = []
-    for persona in read_manifest(str(EXAMPLE / "personas.jsonl")).personas[:count]:
-        data = read_persona_data(storage, persona)
-        real = tuple(conversations[persona.id])
-        found.append(Persona(persona.id, persona.description, data.train, data.heldout, real))
-    return found
+    storage = open_storage(run)
+    who = shipped_personas(load_config(EXAMPLE / "run.yaml"), count)
+    data = [read_persona_data(storage, manifest.Persona(p.id, p.description)) for p in who]
+    return [replace(p, train=own.train, heldout=own.heldout) for p, own in zip(who, data, strict=True)]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Personas of ../shared/data with two kinds of text, for the benchmarks of mask learning.
+"""Personas of ../shared/data, and of the shipped example, with two kinds of text, for the benchmarks of mask learning.
 
 Synthesized: answers that the backbone samples (temperature 1) as that persona, as the backend `self` does. Real: what
 the persona says in the data. Kept in --cache between runs, since sampling takes longer than most of what follows.
@@ -16,9 +16,12 @@ import torch
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.backbone.prompts import persona_prefix, question_suffix
 from persona_pruner.config import RunConfig
+from persona_pruner.evaluation.table import read_conversations
 from persona_pruner.learning.data import PersonaData, Row
+from persona_pruner.manifest import read_manifest
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
+EXAMPLE = Path(__file__).parents[2] / "manifests" / "quickstart"
 MAX_NEW_TOKENS = 64
 
 
@@ -59,6 +62,13 @@ def personas(
     chosen = [own for turn in zip(*ranked, strict=False) for own in turn][:count]
     questions = pool()
     return [_persona(backbone, config, own, questions, cache, train, heldout) for own in chosen]
+
+
+def shipped_personas(config: RunConfig, count: int) -> list[Persona]:
+    """The first `count` personas of the shipped example, with their real text only."""
+    spoken = read_conversations(config)
+    people = read_manifest(str(EXAMPLE / "personas.jsonl")).personas[:count]
+    return [Persona(p.id, p.description, (), (), tuple(spoken[p.id])) for p in people]
 
 
 def pool() -> list[str]:

@@ -14,20 +14,17 @@ from pathlib import Path
 
 import torch
 from mask_quality import configuration, train
-from persona_text import Persona, personas, pool, sample
+from persona_text import EXAMPLE, Persona, personas, pool, sample, shipped_personas
 from torch import Tensor
 
 from persona_pruner import manifest
 from persona_pruner.backbone.load import Backbone, load_backbone
 from persona_pruner.config import RunConfig, load_config
 from persona_pruner.evaluation.losses import heldout_loss
-from persona_pruner.evaluation.table import read_conversations
 from persona_pruner.learning.data import PersonaData
 from persona_pruner.synthesis.select import select_questions
 from persona_pruner.synthesis.sensitivity import Sensitivity, choose_references
 from persona_pruner.synthesis.sources import Question, load_questions, question_id
-
-EXAMPLE = Path(__file__).parents[2] / "manifests" / "quickstart"
 
 
 def loss(backbone: Backbone, who: Persona, asked: list[str], steps: int) -> float:
@@ -53,10 +50,8 @@ def shipped(
 ) -> tuple[list[Persona], list[manifest.Persona], list[Question]]:
     """The same of the shipped example."""
     people = manifest.read_manifest(str(EXAMPLE / "personas.jsonl")).personas
-    spoken = read_conversations(config)
-    who = [Persona(p.id, p.description, (), (), tuple(spoken[p.id])) for p in people[: options.personas]]
     references = choose_references(people, config.synthesis.references.count, config.synthesis.seed)
-    return who, references, load_questions(config.synthesis)[: options.questions]
+    return shipped_personas(config, options.personas), references, load_questions(config.synthesis)[: options.questions]
 
 
 def main() -> None:
