@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup
 
 from persona_pruner.config import RunConfig
 from persona_pruner.errors import UserError
 from persona_pruner.scheduling.shard_actor import RemoteShard
+from persona_pruner.synthesis.shards import place, remove_ranks, start_ranks
 
 QUEUE_DEPTH = 2
 """Calls that wait at a group, so that it is never idle between two personas."""
@@ -223,32 +223,19 @@ class GroupPool:
         ]
 
     def _new_group(self) -> Group:
-        settings = self.config.groups
         self._made += 1
-        bundle = {"CPU": settings.num_cpus} | ({"GPU": settings.num_gpus} if settings.num_gpus else {})
-        placement = placement_group([bundle] * settings.shards, strategy="PACK")
+        placement = place(self.config.groups)
         return Group(f"g{self._made}", placement, placement.ready())
 
     def _make_actors(self, group: Group) -> None:
         settings = self.config.groups
-        group.actors = [
-            RemoteShard.options(
-                num_cpus=settings.num_cpus,
-                num_gpus=settings.num_gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group.placement, index),
-            ).remote(self.config, self.output, self.run_id)
-            for index in range(settings.shards)
-        ]
+        arguments = (self.config, self.output, self.run_id)
+        group.actors, group.starting = start_ranks(RemoteShard, group.placement, settings, *arguments)
         group.deadline = time.monotonic() + settings.timeout_seconds
-        address = group.actors[0].address.remote()
-        group.starting = [actor.start.remote(rank, settings.shards, address) for rank, actor in enumerate(group.actors)]
 
     def _remove(self, group: Group) -> None:
-        """Actors first: calls to actors of a removed placement group hang."""
         self.groups.remove(group)
-        for actor in group.actors:
-            ray.kill(actor)
-        remove_placement_group(group.placement)
+        remove_ranks(group.actors, group.placement)
 
     def control(self, method: str) -> list[Any]:
         """Call a control method on rank 0 of every busy group."""

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
 from persona_pruner.backbone.load import World, free_port, load_backbone
-from persona_pruner.config import RunConfig
+from persona_pruner.config import ActorsConfig, GroupsConfig, RunConfig
 from persona_pruner.errors import PersonaError, UserError
 from persona_pruner.manifest import Persona
 from persona_pruner.synthesis.records import Answer
@@ -28,6 +28,38 @@ MAX_LOST = 5
 log = logging.getLogger(__name__)
 
 Scores = list[tuple[Persona, Tensor | PersonaError]]
+
+
+def place(settings: ActorsConfig | GroupsConfig) -> PlacementGroup:
+    """Ask for the resources of a group of `settings.shards` actors, on as few nodes as possible."""
+    bundle = {"CPU": settings.num_cpus} | ({"GPU": settings.num_gpus} if settings.num_gpus else {})
+    return placement_group([bundle] * settings.shards, strategy="PACK")
+
+
+def start_ranks(
+    remote: Any, placement: PlacementGroup, settings: ActorsConfig | GroupsConfig, *arguments: Any
+) -> tuple[list[Any], list[Any]]:
+    """The actors of a group, by rank, and what they answer once their world has formed.
+
+    `remote` has `address()`, asked of rank 0, and `start(rank, size, address)`.
+    """
+    actors = [
+        remote.options(
+            num_cpus=settings.num_cpus,
+            num_gpus=settings.num_gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(placement, index),
+        ).remote(*arguments)
+        for index in range(settings.shards)
+    ]
+    address = actors[0].address.remote()
+    return actors, [actor.start.remote(rank, settings.shards, address) for rank, actor in enumerate(actors)]
+
+
+def remove_ranks(actors: Sequence[Any], placement: PlacementGroup) -> None:
+    """Actors first: calls to actors of a removed placement group hang."""
+    for actor in actors:
+        ray.kill(actor)
+    remove_placement_group(placement)
 
 
 class Shard:
@@ -97,29 +129,16 @@ class ShardGroup:
     def _start(self) -> None:
         """Wait for the resources, however long a cluster takes to grow, and load the backbone."""
         settings = self._config.synthesis.actors
-        bundle = {"CPU": settings.num_cpus} | ({"GPU": settings.num_gpus} if settings.num_gpus else {})
-        self._placement = placement_group([bundle] * settings.shards, strategy="PACK")
+        self._placement = place(settings)
         ray.get(self._placement.ready())
-        remote: Any = ray.remote(max_restarts=0)(Shard)  # type: ignore[call-overload]
-        self._actors = [
-            remote.options(
-                num_cpus=settings.num_cpus,
-                num_gpus=settings.num_gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
-            ).remote(*self._arguments)
-            for index in range(settings.shards)
-        ]
-        address = self._actors[0].address.remote()
-        started = [actor.start.remote(rank, settings.shards, address) for rank, actor in enumerate(self._actors)]
+        remote = ray.remote(max_restarts=0)(Shard)  # type: ignore[call-overload]
+        self._actors, started = start_ranks(remote, self._placement, settings, *self._arguments)
         ray.get(started, timeout=self._config.groups.timeout_seconds)
 
     def _close(self) -> None:
-        """Actors first: calls to actors of a removed placement group hang."""
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
         if self._placement is not None:
-            remove_placement_group(self._placement)
+            remove_ranks(self._actors, self._placement)
+        self._actors = []
 
 
 def open_backbone(config: RunConfig, questions: Sequence[str], references: Sequence[Persona]) -> Shard | ShardGroup:
