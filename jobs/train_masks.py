@@ -11,9 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from persona_pruner.config import load_config
+from persona_pruner.config.load import load_config
 from persona_pruner.manifest import Manifest, read_manifest
-from persona_pruner.scheduling.job import main, run_job
+from persona_pruner.run.job import main, run_job
 
 
 def train(

@@ -14,7 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 from persona_pruner.errors import ManifestError, StorageError
-from persona_pruner.storage import NotFoundError, read_parquet, read_url
+from persona_pruner.storage.base import NotFoundError
+from persona_pruner.storage.open import read_parquet, read_url
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ID_RULE = "1 to 128 of A-Z a-z 0-9 . _ -, beginning with a letter or digit"

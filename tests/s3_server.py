@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from persona_pruner.storage import open_storage
+from persona_pruner.storage.open import open_storage
 
 SCRIPTS = Path(__file__).parents[2] / "shared" / "s3"
 KEYS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")

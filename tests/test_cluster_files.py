@@ -14,7 +14,7 @@ import pytest
 import yaml
 from s3_server import free_port
 
-from persona_pruner.config import load_config
+from persona_pruner.config.load import load_config
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"

@@ -10,21 +10,23 @@ PACKAGE = ROOT / "persona_pruner"
 
 # Lower numbers know nothing of higher ones.
 LEVELS = {
-    "errors": 0, "layout": 0, "config": 1, "storage": 2, "storage_s3": 3, "manifest": 3, "mask": 3,
-    "backbone": 4, "catalog": 4, "store": 5, "learning": 5, "synthesis": 6, "evaluation": 7, "scheduling": 8, "cli": 9,
+    "errors": 0, "config": 1, "storage": 2, "manifest": 3, "dataset": 4, "masks": 4, "backbone": 5, "learning": 6,
+    "evaluation": 7, "scheduling": 8, "serving": 8, "synthesis": 9, "run": 10, "cli": 11,
 }  # fmt: skip
-ALLOWED_BELOW = {
-    ("storage", "storage_s3"),
-    ("mask", "backbone"),
-    ("learning", "evaluation"),
-    ("synthesis", "evaluation"),
-}
-"""Lazy imports: an s3:// address alone needs boto3; Mask.apply hooks into a model."""
+ALLOWED_BELOW = {("masks", "backbone")}
+"""Lazy imports: Mask.apply hooks into a model."""
 ONLY_IN = {
-    "ray": ("scheduling/", "synthesis/pipeline.py", "synthesis/shards.py", "synthesis/vllm.py"),
+    "ray": (
+        "scheduling/",
+        "run/",
+        "serving/",
+        "synthesis/pipeline.py",
+        "synthesis/scoring_worker.py",
+        "synthesis/vllm.py",
+    ),
     "deepspeed": ("backbone/load.py",),
-    "boto3": ("storage_s3.py",),
-    "botocore": ("storage_s3.py",),
+    "boto3": ("storage/s3.py",),
+    "botocore": ("storage/s3.py",),
 }
 
 

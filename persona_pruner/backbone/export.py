@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from persona_pruner.backbone.channels import ChannelMasks, Ffn, find_ffns
 from persona_pruner.backbone.load import load_backbone
-from persona_pruner.config import BackboneConfig
+from persona_pruner.config.schema import BackboneConfig
 from persona_pruner.errors import BackboneError, MaskError
-from persona_pruner.mask import Mask
+from persona_pruner.masks.format import Mask
 
 _WIDTHS = ("intermediate_size", "ffn_dim")
 _PROBE_TOKENS = 32

@@ -45,15 +45,15 @@ class _Behind(DynamicLayer):
 
 
 @dataclass
-class Prefix:
+class PrefixCache:
     """Keys and values [P, heads, T, head width] of every layer, and the unpadded lengths of the P prefixes."""
 
     layers: list[tuple[Tensor, Tensor]]
     lengths: list[int]
 
-    def leaves(self) -> "Prefix":
+    def leaves(self) -> "PrefixCache":
         """The same values cut from their graph, collecting gradients of their own."""
-        return Prefix(
+        return PrefixCache(
             [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in self.layers], self.lengths
         )
 
@@ -61,7 +61,7 @@ class Prefix:
         return [tensor for pair in self.layers for tensor in pair]
 
 
-class Runner:
+class BackboneRunner:
     """Forward passes of one backbone with masks. `masks` is attached for the runner's lifetime; `close` detaches."""
 
     def __init__(self, backbone: Backbone, *, checkpoint_layers: bool = False) -> None:
@@ -80,7 +80,7 @@ class Runner:
         for layer in self._recomputed:
             del layer.forward
 
-    def __enter__(self) -> "Runner":
+    def __enter__(self) -> "BackboneRunner":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,13 +96,13 @@ class Runner:
             return False
         return self._window is None or len(lengths) == 1 or max(lengths) + longest <= self._window
 
-    def prefix(self, prefixes: Sequence[Sequence[int]]) -> Prefix:
+    def prefix(self, prefixes: Sequence[Sequence[int]]) -> PrefixCache:
         """Keys and values of prompts, with the masks that are set (one for all, or one a prefix)."""
         layers: list[Any] = [_Recording() for _ in self.masks.ffns]
         self._body(self._pad(prefixes), past_key_values=_cache(layers), use_cache=True)
-        return Prefix([(layer.keys, layer.values) for layer in layers], [len(p) for p in prefixes])
+        return PrefixCache([(layer.keys, layer.values) for layer in layers], [len(p) for p in prefixes])
 
-    def hidden(self, tokens_BT: Tensor, prefix: Prefix | None = None, prefix_B: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, prefix: PrefixCache | None = None, prefix_B: Tensor | None = None) -> Tensor:
         """Final hidden states [B, T, D] of right-padded rows, each behind prefix number `prefix_B` [B] if given.
 
         Without a prefix the rows are whole prompts. Values at padding are meaningless.

@@ -24,9 +24,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from persona_pruner.config import BackboneConfig
+from persona_pruner.config.schema import BackboneConfig
 from persona_pruner.errors import BackboneError
-from persona_pruner.storage import NotFoundError, local_copy
+from persona_pruner.storage.base import NotFoundError
+from persona_pruner.storage.open import local_copy
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -72,7 +73,7 @@ class Backbone:
         return values
 
     @contextlib.contextmanager
-    def whole(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+    def gathered_parameters(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         """Make partitioned parameters readable in full inside; every rank enters at the same time."""
         if not self.sharded:
             yield

@@ -1,7 +1,6 @@
 """The `persona-pruner` command. Each command calls one function of the package and prints what it gives."""
 
 import json
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,16 +71,16 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a submission would do: done, to do, tokens, FLOP and storage. Starts and writes nothing."""
-    from persona_pruner import layout
-    from persona_pruner.config import load_config
+    from persona_pruner.config.load import load_config
     from persona_pruner.manifest import read_manifest
-    from persona_pruner.scheduling.plan import check_run, identify, make_plan
-    from persona_pruner.storage import open_storage
+    from persona_pruner.run.plan import check_run, identify, make_plan
+    from persona_pruner.storage import keys
+    from persona_pruner.storage.open import open_storage
 
     settings = load_config(config, set_)
     personas = read_manifest(manifest)
     storage = open_storage(output, settings.storage)
-    storage.reach(layout.MASKS)
+    storage.check_readable(keys.MASKS)
     identity = identify(settings)
     check_run(storage, identity)
     found = make_plan(personas, storage, identity).summary()
@@ -104,7 +103,7 @@ def submit(
     as_json: JsonOption = False,
 ) -> None:
     """Submit the main job to a Ray cluster and follow its log. Exits with the job's own exit status."""
-    from persona_pruner.scheduling.submit import submit_job
+    from persona_pruner.run.submit import submit_job
 
     overrides = [word for value in set_ for word in ("--set", value)]
     command = ["python", "jobs/prune_personas.py", manifest, "--config", config, "--output", output, *overrides]
@@ -114,14 +113,14 @@ def submit(
 @app.command()
 def status(output: OutputArgument, as_json: JsonOption = False) -> None:
     """Where a run is: running, stopped, dead or done; trials by state; what failed and why."""
-    from persona_pruner import layout
-    from persona_pruner.scheduling.progress import read_status
-    from persona_pruner.storage import AT_START, open_storage
+    from persona_pruner.run.progress import read_status
+    from persona_pruner.storage import keys
+    from persona_pruner.storage.open import AT_START, open_storage
 
     storage = open_storage(output, AT_START)
-    storage.reach(layout.ERRORS)
+    storage.check_readable(keys.ERRORS)
     found = read_status(storage)
-    found["errors"] = [json.loads(storage.get(item.key)) for item in storage.list(layout.ERRORS)]
+    found["errors"] = [json.loads(storage.get(item.key)) for item in storage.list(keys.ERRORS)]
     if as_json:
         _show(found, True)
         return
@@ -132,7 +131,7 @@ def status(output: OutputArgument, as_json: JsonOption = False) -> None:
     states = ", ".join(f"{count} {name}" for name, count in found["trials"].items() if count)
     _say(f"personas: {found['personas']}, masked before {found['done_before']}, this job: {states or 'nothing'}")
     _say(f"groups: {found['groups']['busy']} busy of {found['groups']['up']}, lost {found['groups_lost']}")
-    _say(f"{found['personas_an_hour']} personas an hour, {found['tokens_a_second']} tokens a second")
+    _say(f"{found['personas_per_hour']} personas per hour, {found['tokens_per_second']} tokens per second")
     if found["eta_seconds"] is not None and found["state"] == "running":
         _say(f"about {found['eta_seconds']} s left")
     for error in found["errors"]:
@@ -150,7 +149,7 @@ def pull(
     as_json: JsonOption = False,
 ) -> None:
     """Copy masks out of a run, each verified. What is there and verifies is not fetched again."""
-    from persona_pruner.store import MaskStore
+    from persona_pruner.masks.store import MaskStore
 
     if sum(map(bool, (persona, where, all_))) != 1:
         raise UserError("say which masks: --persona ID (again for more), --where CONDITION, or --all")
@@ -167,7 +166,7 @@ def pull(
 @app.command()
 def verify(output: OutputArgument, as_json: JsonOption = False) -> None:
     """Read every mask of a run, or of a directory that was pulled, and check it bit by bit."""
-    from persona_pruner.store import MaskStore
+    from persona_pruner.masks.store import MaskStore
 
     count = MaskStore(output).verify()
     if not count:
@@ -185,9 +184,9 @@ def export(
 ) -> None:
     """Write a smaller Hugging Face checkpoint with only the kept channels, and compare it with the masked backbone."""
     from persona_pruner.backbone.export import export_pruned
-    from persona_pruner.config import check_config
-    from persona_pruner.mask import Mask
-    from persona_pruner.storage import read_url
+    from persona_pruner.config.load import check_config
+    from persona_pruner.masks.format import Mask
+    from persona_pruner.storage.open import read_url
 
     settings = check_config({"backbone": {"path": backbone, "dtype": dtype}}, "--backbone/--dtype")
     figures = export_pruned(Mask.from_bytes(read_url(mask), mask), settings.backbone, to)
@@ -202,12 +201,12 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Which questions reveal a persona most and least, and how it answers them."""
-    from persona_pruner import layout
-    from persona_pruner.storage import open_storage
+    from persona_pruner.storage import keys
+    from persona_pruner.storage.open import open_storage
     from persona_pruner.synthesis.inspect import inspect_persona, render
 
     storage = open_storage(output)
-    storage.reach(layout.SYNTHESIS)
+    storage.check_readable(keys.SYNTHESIS)
     found = inspect_persona(storage, persona, count)
     if as_json:
         _show(found, True)
@@ -227,9 +226,9 @@ def import_(
     """Store an index file as the mask of a persona."""
     from persona_pruner.backbone.channels import find_ffns
     from persona_pruner.backbone.load import load_backbone
-    from persona_pruner.config import BackboneConfig
+    from persona_pruner.config.schema import BackboneConfig
     from persona_pruner.manifest import ID
-    from persona_pruner.store import MaskStore
+    from persona_pruner.masks.store import MaskStore
 
     if not ID.fullmatch(persona):
         raise UserError(f"--persona {persona!r}: ids are letters, digits, '.', '_', '-', at most 128 of them")
@@ -245,14 +244,14 @@ def import_(
 @catalog_app.command("rebuild")
 def catalog_rebuild(output: OutputArgument, as_json: JsonOption = False) -> None:
     """Make catalog.parquet again from the masks themselves."""
-    from persona_pruner import layout
-    from persona_pruner.catalog import build_catalog, write_catalog
-    from persona_pruner.store import MaskStore
+    from persona_pruner.masks.catalog import build_catalog, write_catalog
+    from persona_pruner.masks.store import MaskStore
+    from persona_pruner.storage import keys
 
     storage = MaskStore(output).storage
     table = build_catalog(storage, fresh=True)
     write_catalog(storage, table)
-    _show({"masks": table.num_rows, "catalog": f"{storage.url}/{layout.CATALOG}"}, as_json)
+    _show({"masks": table.num_rows, "catalog": f"{storage.url}/{keys.CATALOG}"}, as_json)
 
 
 @app.command()
@@ -263,7 +262,7 @@ def gc(
 ) -> None:
     """List or remove what no run needs any more: checkpoints, stored answers and data of personas that have a mask, and
     uploads that were never finished."""
-    from persona_pruner.store import MaskStore, garbage, orphans
+    from persona_pruner.masks.store import MaskStore, garbage, orphans
 
     storage = MaskStore(output).storage
     keys = garbage(storage)
@@ -286,7 +285,7 @@ def share(
     seconds: Annotated[int, typer.Option(min=1, max=604800, help="How long the link works.")] = 3600,
 ) -> None:
     """Print a link that reads one mask without credentials."""
-    from persona_pruner.store import MaskStore
+    from persona_pruner.masks.store import MaskStore
 
     print(MaskStore(output).share(persona, seconds))
 
@@ -294,7 +293,7 @@ def share(
 @app.command()
 def config(as_json: JsonOption = False) -> None:
     """Explain every setting of a run configuration, with its default."""
-    from persona_pruner.config import RunConfig
+    from persona_pruner.config.schema import RunConfig
 
     if as_json:
         print(json.dumps(RunConfig.model_json_schema(), indent=1))
@@ -315,14 +314,3 @@ def _settings(section: type[BaseModel], prefix: str = "") -> list[tuple[str, str
             shown = "" if field.is_required() else json.dumps(default, default=str)
             rows.append((prefix + name, shown if len(shown) < 40 else f"{shown[:37]}...", field.description or ""))
     return rows
-
-
-def main() -> None:
-    """Run a command; a user's fault becomes its lines on stderr and its exit status, never a traceback."""
-    try:
-        app()
-    except UserError as error:
-        Console(stderr=True).print(str(error), markup=False, highlight=False, style="red", soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)

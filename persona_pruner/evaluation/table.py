@@ -1,7 +1,8 @@
 """Each persona's mask beside what else could be had at the same ratio, on two kinds of text.
 
 *answers*: held-out questions answered in the persona's voice by the rewriting model (for the backend `self`, the
-backbone's own samples). *conversations*: text of the persona that the backbone did not write. Losses are nats a token.
+backbone's own samples). *conversations*: text of the persona that the backbone did not write. Losses are in nats per
+token.
 
 Shape suffixes: L layers, I FFN channels.
 """
@@ -15,24 +16,24 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from persona_pruner import layout
 from persona_pruner.backbone.load import Backbone
-from persona_pruner.config import RunConfig
+from persona_pruner.config.schema import RunConfig
+from persona_pruner.dataset import PersonaData, Row, read_persona_data
 from persona_pruner.errors import ConfigError
-from persona_pruner.evaluation.losses import heldout_loss
-from persona_pruner.learning.data import PersonaData, Row
+from persona_pruner.evaluation.likelihood import heldout_loss
 from persona_pruner.learning.estimators import topk_mask
 from persona_pruner.learning.training_free import magnitude, random
 from persona_pruner.manifest import Persona
-from persona_pruner.mask import Mask
-from persona_pruner.storage import NotFoundError, Storage, read_url
-from persona_pruner.synthesis.records import read_persona_data
+from persona_pruner.masks.format import Mask
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import NotFoundError, Storage
+from persona_pruner.storage.open import read_url
 
 METHODS = ("unpruned", "own", "other", "global", "magnitude", "random")
 TEXTS = ("answers", "conversations")
 HEADINGS = {
-    "answers": "held-out questions answered in its voice (nats a token)",
-    "conversations": "its own conversations, which the backbone did not write (nats a token)",
+    "answers": "held-out questions answered in its voice (nats per token)",
+    "conversations": "its own conversations, which the backbone did not write (nats per token)",
 }
 
 
@@ -99,7 +100,7 @@ def tasks(
 ) -> Iterable[EvaluationTask]:
     """One task for each masked persona. "other" is the mask of the persona half the list away, so of another family."""
     conversations = read_conversations(config)
-    masks = {persona.id: storage.get(layout.mask(persona.id)) for persona in personas}
+    masks = {persona.id: storage.get(keys.mask(persona.id)) for persona in personas}
     for position, persona in enumerate(personas):
         chosen = {"own": masks[persona.id]}
         if len(personas) > 1:
@@ -120,7 +121,7 @@ def tasks(
 def stored(storage: Storage, task: EvaluationTask) -> dict[str, dict[str, float]] | None:
     """The figures of this very task from an earlier run, if they are there."""
     try:
-        value = json.loads(storage.get(layout.evaluation(task.persona_id)))
+        value = json.loads(storage.get(keys.evaluation(task.persona_id)))
     except NotFoundError:
         return None
     return value["losses"] if value["task"] == task.digest() else None
@@ -128,7 +129,7 @@ def stored(storage: Storage, task: EvaluationTask) -> dict[str, dict[str, float]
 
 def store(storage: Storage, task: EvaluationTask, losses: Mapping[str, Mapping[str, float]]) -> None:
     value = {"persona_id": task.persona_id, "task": task.digest(), "losses": losses}
-    storage.put(layout.evaluation(task.persona_id), json.dumps(value, indent=1).encode())
+    storage.put(keys.evaluation(task.persona_id), json.dumps(value, indent=1).encode())
 
 
 def mean(results: Mapping[str, Mapping[str, Mapping[str, float]]], text: str) -> dict[str, float]:
@@ -172,9 +173,9 @@ Call = Callable[[str, Sequence[Any]], Iterable[tuple[Any, Any]]]
 def _global_key(storage: Storage, personas: Sequence[Persona]) -> str:
     """Where the global mask of exactly these masks' data is kept."""
     parts = [
-        layout.mask(p.id) + Mask.from_bytes(storage.get(layout.mask(p.id)), p.id).metadata.data_sha256 for p in personas
+        keys.mask(p.id) + Mask.from_bytes(storage.get(keys.mask(p.id)), p.id).metadata.data_sha256 for p in personas
     ]
-    return layout.global_mask(hashlib.sha256("".join(parts).encode()).hexdigest()[:16])
+    return keys.global_mask(hashlib.sha256("".join(parts).encode()).hexdigest()[:16])
 
 
 def _open_tasks(
@@ -196,7 +197,7 @@ def compare(config: RunConfig, personas: Sequence[Persona], storage: Storage, ca
     """Learn the global mask and measure every persona, as far as it is not done. False where stopped before the end."""
     key = _global_key(storage, personas)
     if not storage.exists(key):
-        ratio = Mask.from_bytes(storage.get(layout.mask(personas[0].id)), personas[0].id).metadata.ratio
+        ratio = Mask.from_bytes(storage.get(keys.mask(personas[0].id)), personas[0].id).metadata.ratio
         for _, data in call("train_global", [(list(personas), ratio)]):
             storage.put(key, data)
     if not storage.exists(key):
@@ -214,7 +215,7 @@ def stored_tables(personas: Sequence[Persona], storage: Storage, ratio: Any) -> 
     results = {}
     for persona in personas:
         try:
-            results[persona.id] = json.loads(storage.get(layout.evaluation(persona.id)))["losses"]
+            results[persona.id] = json.loads(storage.get(keys.evaluation(persona.id)))["losses"]
         except NotFoundError:
             continue
     return render(results, ratio)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from persona_pruner.learning.data import EncodedRow
+from persona_pruner.learning.encoding import EncodedRow
 
 
 @dataclass(frozen=True)
-class Item:
+class TrainingExample:
     """One row of a step. `slot` is the number of its mask in the step, `key` names the row across steps."""
 
     slot: int
@@ -27,10 +27,10 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Pass:
+class MicroBatch:
     """Rows that run together on one rank. Positions index the flattened [B * T]."""
 
-    items: tuple[Item, ...]
+    items: tuple[TrainingExample, ...]
     tokens_BT: Tensor
     slot_B: Tensor
     positions_N: Tensor
@@ -44,24 +44,24 @@ class Pass:
         return list(values_N.split([item.row.answer for item in self.items]))
 
 
-def plan_passes(
-    items: Sequence[Item],
+def plan_micro_batches(
+    items: Sequence[TrainingExample],
     prefixes: Sequence[Sequence[int]] | None,
     *,
     rank: int = 0,
     ranks: int = 1,
     pad: int = 0,
     device: torch.device | str = "cpu",
-    pass_tokens: int = 16384,
+    micro_batch_tokens: int = 16384,
     overhead: int = 16,
     logits_chunk: int = 1024,
-) -> list[Pass]:
+) -> list[MicroBatch]:
     """The passes of one rank. `prefixes` (one a slot) are put before the rows where the prefix is not shared."""
     whole = [tuple(prefixes[item.slot]) + item.row.tokens if prefixes else item.row.tokens for item in items]
     order = sorted(range(len(items)), key=lambda i: (-len(whole[i]), items[i].slot, items[i].key, i))
     deals = [order[start : start + ranks] for start in range(0, len(order), ranks)]
     passes = []
-    for start, end in _cut([len(whole[deal[0]]) for deal in deals], pass_tokens, overhead):
+    for start, end in _cut([len(whole[deal[0]]) for deal in deals], micro_batch_tokens, overhead):
         dealt = [[deal[r] if r < len(deal) else deal[0] for deal in deals[start:end]] for r in range(ranks)]
         most = max(sum(items[i].row.answer for i in rows) for rows in dealt)
         mine = [
@@ -94,8 +94,8 @@ def _cut(lengths: Sequence[int], limit: int, overhead: int) -> list[tuple[int, i
 
 
 def _pass(
-    items: Sequence[Item], tokens: Sequence[Sequence[int]], chunks: int, pad: int, device: torch.device | str
-) -> Pass:
+    items: Sequence[TrainingExample], tokens: Sequence[Sequence[int]], chunks: int, pad: int, device: torch.device | str
+) -> MicroBatch:
     width = max(map(len, tokens))
     positions: list[int] = []
     targets: list[int] = []
@@ -107,7 +107,7 @@ def _pass(
         targets += ids[first:]
         slots += [item.slot] * item.row.answer
         weights += [item.weight] * item.row.answer
-    return Pass(
+    return MicroBatch(
         tuple(items),
         torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in tokens], device=device),
         torch.tensor([item.slot for item in items], device=device),

@@ -9,24 +9,8 @@ from typing import Any
 import torch
 
 from persona_pruner.backbone.prompts import answer_tokens, persona_prefix, question_suffix
+from persona_pruner.dataset import PersonaData, Row
 from persona_pruner.errors import PersonaError
-
-
-@dataclass(frozen=True)
-class Row:
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class PersonaData:
-    """What one persona learns from. `sha256` is the digest of its rows (hex)."""
-
-    persona_id: str
-    description: str
-    train: tuple[Row, ...]
-    heldout: tuple[Row, ...]
-    sha256: str
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,17 @@ from collections.abc import Sequence
 
 import torch
 
-from persona_pruner.backbone.forward import Runner
-from persona_pruner.learning.batches import Item
-from persona_pruner.learning.data import PersonaData, batch, encode
-from persona_pruner.learning.objective import Targets, mask_gradient
+from persona_pruner.backbone.forward import BackboneRunner
+from persona_pruner.dataset import PersonaData
+from persona_pruner.learning.batches import TrainingExample
+from persona_pruner.learning.encoding import batch, encode
+from persona_pruner.learning.init_scores import initial_scores
+from persona_pruner.learning.mask_candidate import MaskCandidate
+from persona_pruner.learning.objective import TeacherCache, mask_gradient
 from persona_pruner.learning.outcome import finish
-from persona_pruner.learning.start import start_scores
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.learning.training_free import items_of
-from persona_pruner.learning.trial import Trial
-from persona_pruner.mask import Mask
+from persona_pruner.masks.format import Mask
 
 NAME = "global"
 
@@ -32,20 +33,21 @@ def train_global(trainer: MaskTrainer, data: Sequence[PersonaData], ratio: float
     encoded = [encode(trainer.backbone.tokenizer, config.prompt.system, d, learning.max_row_tokens) for d in data]
     sha256 = hashlib.sha256("".join(each.sha256 for each in encoded).encode()).hexdigest()
     union = [(p, n) for p, each in enumerate(encoded) for n in range(len(each.train))]
-    with Runner(trainer.backbone) as runner:
-        targets = Targets(learning.objective.top_logits) if learning.objective.distillation else None
+    with BackboneRunner(trainer.backbone) as runner:
+        targets = TeacherCache(learning.objective.top_logits) if learning.objective.distillation else None
         if targets is not None:
             for each in encoded:
                 targets.collect(runner, [each.prefix], items_of(each), trainer.settings)
-        starts = [start_scores(runner, each, "activation", None, trainer.settings) for each in encoded]
+        starts = [initial_scores(runner, each, "activation", None, trainer.settings) for each in encoded]
         mean_LI = torch.stack(starts).mean(0)
-        trial = Trial(learning, NAME, mean_LI, runner.masks.channels, ratio, learning.learning_rate)
+        trial = MaskCandidate(learning, NAME, mean_LI, runner.masks.channels, ratio, learning.learning_rate)
         for step in range(learning.steps):
             rows = [union[i] for i in batch(len(union), learning.rows_per_step, step, learning.seed, sha256)]
             present = sorted({p for p, _ in rows})
             tokens = sum(encoded[p].train[n].answer for p, n in rows)
             items = [
-                Item(present.index(p), (encoded[p].persona_id, n), encoded[p].train[n], 1 / tokens) for p, n in rows
+                TrainingExample(present.index(p), (encoded[p].persona_id, n), encoded[p].train[n], 1 / tokens)
+                for p, n in rows
             ]
             mask_LI, leaf_LI = trial.training_mask()
             masks_PLI = mask_LI.detach().expand(len(present), -1, -1)

@@ -7,8 +7,8 @@ to the end.
 from collections.abc import Sequence
 from itertools import product
 
-from persona_pruner.config import LearningConfig
-from persona_pruner.learning.trial import Trial
+from persona_pruner.config.schema import LearningConfig
+from persona_pruner.learning.mask_candidate import MaskCandidate
 
 
 def candidates(config: LearningConfig) -> list[tuple[str, float, float, str]]:
@@ -31,11 +31,13 @@ def is_rung(config: LearningConfig, step: int, left: int) -> bool:
     return left > 1 and end == step
 
 
-def better_half(trials: Sequence[Trial], dense: float | None, tolerance: float, keep: int | None = None) -> list[Trial]:
+def better_half(
+    trials: Sequence[MaskCandidate], dense: float | None, tolerance: float, keep: int | None = None
+) -> list[MaskCandidate]:
     """The better half (rounded up), in the order they had. Candidates within `tolerance` nats of the unpruned loss
     come first, of those the larger ratio; then the lower held-out loss."""
 
-    def rank(trial: Trial) -> tuple[bool, float, float]:
+    def rank(trial: MaskCandidate) -> tuple[bool, float, float]:
         loss = float("inf") if trial.heldout is None else trial.heldout
         within = dense is not None and loss <= dense + tolerance
         return not within, -trial.ratio if within else 0.0, loss

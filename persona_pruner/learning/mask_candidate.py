@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from persona_pruner.config import LearningConfig
+from persona_pruner.config.schema import LearningConfig
 from persona_pruner.errors import PersonaError
-from persona_pruner.learning.data import seeded
+from persona_pruner.learning.encoding import seeded
 from persona_pruner.learning.estimators import kept_channels, relaxed_mask, topk_mask
 from persona_pruner.learning.stoppers import Stopper
 
 
 @dataclass(eq=False)
-class Trial:
+class MaskCandidate:
     """`scores_LI` float32. `rung` counts the ratios that `auto` has tried."""
 
     config: LearningConfig
@@ -114,7 +114,7 @@ _NUMBERS = (
 )
 
 
-def to_bytes(trials: list[Trial], data_sha256: str) -> bytes:
+def to_bytes(trials: list[MaskCandidate], data_sha256: str) -> bytes:
     """A checkpoint of all trials of one persona (safetensors)."""
     tensors: dict[str, Tensor] = {}
     numbers = []
@@ -129,7 +129,9 @@ def to_bytes(trials: list[Trial], data_sha256: str) -> bytes:
     return save(tensors, {"trials": json.dumps(numbers), "data_sha256": data_sha256})
 
 
-def from_bytes(data: bytes, config: LearningConfig, data_sha256: str, device: torch.device) -> list[Trial] | None:
+def from_bytes(
+    data: bytes, config: LearningConfig, data_sha256: str, device: torch.device
+) -> list[MaskCandidate] | None:
     """The trials of a checkpoint, exactly as they were; None where it was made from other data or is unreadable."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
@@ -140,7 +142,7 @@ def from_bytes(data: bytes, config: LearningConfig, data_sha256: str, device: to
         for index, values in enumerate(json.loads(header["trials"])):
             best, stale = values.pop("best"), values.pop("stale")
             made = ("persona_id", "channels", "ratio", "learning_rate", "name")
-            trial = Trial(config=config, scores_LI=tensors[f"{index}.scores"], **{n: values[n] for n in made})
+            trial = MaskCandidate(config=config, scores_LI=tensors[f"{index}.scores"], **{n: values[n] for n in made})
             for name in set(values) - set(made):
                 setattr(trial, name, values[name])
             trial.first_LI, trial.second_L1 = tensors[f"{index}.first"], tensors[f"{index}.second"]

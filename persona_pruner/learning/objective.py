@@ -15,9 +15,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from persona_pruner.backbone.forward import Prefix, Runner
-from persona_pruner.config import ObjectiveConfig
-from persona_pruner.learning.batches import Item, Pass, plan_passes
+from persona_pruner.backbone.forward import BackboneRunner, PrefixCache
+from persona_pruner.config.schema import ObjectiveConfig
+from persona_pruner.learning.batches import MicroBatch, TrainingExample, plan_micro_batches
 
 
 @dataclass
@@ -30,29 +30,32 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Settings:
+class MicroBatchConfig:
     """What a pass needs besides its data."""
 
     objective: ObjectiveConfig
-    pass_tokens: int = 16384
+    micro_batch_tokens: int = 16384
     overhead: int = 16
 
 
-def plan(runner: Runner, items: Sequence[Item], prefixes: Sequence[Sequence[int]], settings: Settings) -> tuple[
-    list[Pass], bool
-]:  # fmt: skip
+def plan(
+    runner: BackboneRunner,
+    items: Sequence[TrainingExample],
+    prefixes: Sequence[Sequence[int]],
+    settings: MicroBatchConfig,
+) -> tuple[list[MicroBatch], bool]:  # fmt: skip
     """The passes of this rank, and whether their rows stand behind a shared prefix."""
     world = runner.backbone.world
     longest = max(len(item.row.tokens) for item in items)
     shared = runner.can_share(prefixes, longest)
-    passes = plan_passes(
+    passes = plan_micro_batches(
         items,
         None if shared else prefixes,
         rank=world.rank,
         ranks=world.size,
         pad=runner.pad,
         device=runner.backbone.device,
-        pass_tokens=settings.pass_tokens,
+        micro_batch_tokens=settings.micro_batch_tokens,
         overhead=settings.overhead,
         logits_chunk=settings.objective.logits_chunk,
     )
@@ -60,12 +63,12 @@ def plan(runner: Runner, items: Sequence[Item], prefixes: Sequence[Sequence[int]
 
 
 def mask_gradient(
-    runner: Runner,
+    runner: BackboneRunner,
     masks_PLI: Tensor,
     prefixes: Sequence[Sequence[int]],
-    items: Sequence[Item],
-    settings: Settings,
-    teacher: "Targets | None" = None,
+    items: Sequence[TrainingExample],
+    settings: MicroBatchConfig,
+    teacher: "TeacherCache | None" = None,
 ) -> tuple[Tensor, Losses]:
     """d loss / d masks [P, L, I] (float32) and the losses, of this rank's rows; their sum over the ranks is the whole.
 
@@ -75,7 +78,7 @@ def mask_gradient(
     passes, shared = plan(runner, items, prefixes, settings)
     masks = masks_PLI.detach().requires_grad_()
     losses = _no_losses(len(prefixes), masks.device)
-    whole: Prefix | None = None
+    whole: PrefixCache | None = None
     if shared:
         runner.masks.set(masks[0] if len(prefixes) == 1 else masks)
         whole = runner.prefix(prefixes)
@@ -97,13 +100,13 @@ def mask_gradient(
 
 @torch.no_grad()
 def mask_losses(
-    runner: Runner,
+    runner: BackboneRunner,
     masks_PLI: Tensor | None,
     prefixes: Sequence[Sequence[int]],
-    items: Sequence[Item],
-    settings: Settings,
-    teacher: "Targets | None" = None,
-    see: Callable[[Pass, Tensor], None] | None = None,
+    items: Sequence[TrainingExample],
+    settings: MicroBatchConfig,
+    teacher: "TeacherCache | None" = None,
+    see: Callable[[MicroBatch, Tensor], None] | None = None,
 ) -> Losses:
     """The losses alone, of this rank's rows. Without masks: of the unpruned model. `see` gets answers [N, D]."""
     passes, shared = plan(runner, items, prefixes, settings)
@@ -123,11 +126,11 @@ def mask_losses(
 
 
 def _head(
-    runner: Runner,
+    runner: BackboneRunner,
     answers_ND: Tensor,
-    part: Pass,
-    settings: Settings,
-    teacher: "Targets | None",
+    part: MicroBatch,
+    settings: MicroBatchConfig,
+    teacher: "TeacherCache | None",
     losses: Losses,
     gradient: bool = True,
 ) -> Tensor:
@@ -169,7 +172,7 @@ def _no_losses(slots: int, device: torch.device) -> Losses:
     return Losses(*(torch.zeros(slots, device=device) for _ in range(3)))
 
 
-class Targets:
+class TeacherCache:
     """The unpruned model's answer distributions, kept a row at a time.
 
     All logits: kept as the final hidden states they come from (exact, D instead of V numbers a token). `top`: the
@@ -181,12 +184,16 @@ class Targets:
         self.rows: dict[tuple[str, int], tuple[Tensor, ...]] = {}
 
     def collect(
-        self, runner: Runner, prefixes: Sequence[Sequence[int]], items: Sequence[Item], settings: Settings
+        self,
+        runner: BackboneRunner,
+        prefixes: Sequence[Sequence[int]],
+        items: Sequence[TrainingExample],
+        settings: MicroBatchConfig,
     ) -> None:
         """Run `items` through the unpruned model and keep their answers, on every rank of the world."""
         found: dict[tuple[str, int], Tensor] = {}
 
-        def see(part: Pass, answers_ND: Tensor) -> None:
+        def see(part: MicroBatch, answers_ND: Tensor) -> None:
             for item, rows_ND in zip(part.items, part.split(answers_ND), strict=True):
                 found[item.key] = rows_ND * (item.weight > 0)
 
@@ -197,7 +204,7 @@ class Targets:
             self.rows[key] = (rows_ND,) if self.top is None else self._largest(runner, rows_ND, settings)
 
     @torch.no_grad()
-    def _largest(self, runner: Runner, rows_ND: Tensor, settings: Settings) -> tuple[Tensor, ...]:
+    def _largest(self, runner: BackboneRunner, rows_ND: Tensor, settings: MicroBatchConfig) -> tuple[Tensor, ...]:
         assert self.top is not None
         pieces = [
             runner.logits(piece).float().log_softmax(-1).topk(self.top, sorted=False)
@@ -205,11 +212,13 @@ class Targets:
         ]
         return torch.cat([p.values for p in pieces]), torch.cat([p.indices for p in pieces])
 
-    def of(self, part: Pass) -> tuple[Tensor, ...]:
+    def of(self, part: MicroBatch) -> tuple[Tensor, ...]:
         """What is kept for the rows of a pass, over its N answer positions."""
         return tuple(torch.cat(kept) for kept in zip(*(self.rows[i.key] for i in part.items), strict=True))
 
-    def compare(self, runner: Runner, held: tuple[Tensor, ...], piece: slice, logq_NV: Tensor) -> tuple[Tensor, Tensor]:
+    def compare(
+        self, runner: BackboneRunner, held: tuple[Tensor, ...], piece: slice, logq_NV: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Target distribution [N, V] such that d KL / d logits = q - target, and KL [N]."""
         if self.top is None:
             logp_NV = runner.logits(held[0][piece]).float().log_softmax(-1)
@@ -225,7 +234,7 @@ class Targets:
 
 
 def _share(
-    runner: Runner, items: Sequence[Item], found: dict[tuple[str, int], Tensor]
+    runner: BackboneRunner, items: Sequence[TrainingExample], found: dict[tuple[str, int], Tensor]
 ) -> dict[tuple[str, int], Tensor]:
     """Give every rank the rows that the others ran: a sum in which each row is nonzero on one rank."""
     example = next(iter(found.values()))

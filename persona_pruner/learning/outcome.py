@@ -7,15 +7,15 @@ from importlib.metadata import version
 from typing import Literal
 
 from persona_pruner.backbone.load import Backbone
-from persona_pruner.config import LearningConfig
-from persona_pruner.learning.data import PersonaData
-from persona_pruner.learning.trial import Trial
-from persona_pruner.mask import Mask, MaskMetadata
+from persona_pruner.config.schema import LearningConfig
+from persona_pruner.dataset import PersonaData
+from persona_pruner.learning.mask_candidate import MaskCandidate
+from persona_pruner.masks.format import Mask, MaskMetadata
 
 
 @dataclass(frozen=True)
 class Progress:
-    """After a step. `loss` is the training loss, `heldout_loss` the last one measured, both nats a token."""
+    """After a step. `loss` is the training loss, `heldout_loss` the last one measured, both nats per token."""
 
     persona_id: str
     step: int
@@ -38,7 +38,7 @@ class Outcome:
     reason: str
 
     @classmethod
-    def paused(cls, trials: Sequence[Trial]) -> "Outcome":
+    def paused(cls, trials: Sequence[MaskCandidate]) -> "Outcome":
         first = trials[0]
         seconds, tokens = sum(t.seconds for t in trials), sum(t.tokens for t in trials)
         return cls(first.persona_id, "paused", None, first.step, seconds, tokens, "stopped")
@@ -48,7 +48,7 @@ def finish(
     backbone: Backbone,
     config: LearningConfig,
     data: PersonaData,
-    trial: Trial,
+    trial: MaskCandidate,
     dense: float | None,
     reason: str,
     run_id: str,

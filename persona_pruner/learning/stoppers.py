@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from persona_pruner.config import StoppersConfig
+from persona_pruner.config.schema import StoppersConfig
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Stopper:
     last_LI: Tensor | None = field(default=None, repr=False)
 
     def see(self, loss: float, mask_LI: Tensor) -> str | None:
-        """The reason to stop, or None. `loss` in nats a token, `mask_LI` the bool mask it was measured with."""
+        """The reason to stop, or None. `loss` in nats per token, `mask_LI` the bool mask it was measured with."""
         better = loss < self.best - self.config.plateau_delta
         self.stale = 0 if better else self.stale + 1
         self.best = min(self.best, loss) if not better else loss

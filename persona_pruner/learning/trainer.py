@@ -14,19 +14,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from persona_pruner.backbone.forward import Runner
+from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
-from persona_pruner.config import RunConfig
+from persona_pruner.config.schema import RunConfig
+from persona_pruner.dataset import PersonaData
 from persona_pruner.errors import PersonaError
 from persona_pruner.learning import halving
-from persona_pruner.learning import trial as trials
-from persona_pruner.learning.batches import Item
-from persona_pruner.learning.data import Encoded, EncodedRow, PersonaData, batch, encode
-from persona_pruner.learning.objective import Settings, Targets, mask_gradient, mask_losses
+from persona_pruner.learning import mask_candidate as trials
+from persona_pruner.learning.batches import TrainingExample
+from persona_pruner.learning.encoding import Encoded, EncodedRow, batch, encode
+from persona_pruner.learning.init_scores import initial_scores
+from persona_pruner.learning.mask_candidate import MaskCandidate
+from persona_pruner.learning.objective import MicroBatchConfig, TeacherCache, mask_gradient, mask_losses
 from persona_pruner.learning.outcome import Outcome, Progress, finish
-from persona_pruner.learning.start import start_scores
 from persona_pruner.learning.training_free import items_of
-from persona_pruner.learning.trial import Trial
 
 Result = Outcome | tuple[str, PersonaError]
 
@@ -37,7 +38,7 @@ class _Persona:
 
     data: PersonaData
     encoded: Encoded
-    trials: list[Trial]
+    trials: list[MaskCandidate]
     dense: float | None
     saved_step: int = 0
     saved_time: float = field(default_factory=time.monotonic)
@@ -49,9 +50,9 @@ class MaskTrainer:
     def __init__(self, backbone: Backbone, config: RunConfig) -> None:
         self.backbone, self.config, self.learning = backbone, config, config.learning
         overhead = 1024 if backbone.device.type == "cuda" else 16
-        self.settings = Settings(config.learning.objective, config.learning.pass_tokens, overhead)
-        self.targets = Targets(config.learning.objective.top_logits)
-        with Runner(backbone) as runner:
+        self.settings = MicroBatchConfig(config.learning.objective, config.learning.micro_batch_tokens, overhead)
+        self.targets = TeacherCache(config.learning.objective.top_logits)
+        with BackboneRunner(backbone) as runner:
             runner.check_head()
 
     def train(
@@ -74,7 +75,7 @@ class MaskTrainer:
         torch.set_num_threads(self.config.groups.cpu_threads)
         results: dict[str, Result] = {}
         live: list[_Persona] = []
-        with Runner(self.backbone, checkpoint_layers=self.learning.gradient_checkpointing) as runner:
+        with BackboneRunner(self.backbone, checkpoint_layers=self.learning.gradient_checkpointing) as runner:
             for each in data:
                 try:
                     live.append(self._begin(runner, each, restore or {}, (warm_scores or {}).get(each.persona_id)))
@@ -90,7 +91,7 @@ class MaskTrainer:
         return [results[each.persona_id] for each in data]
 
     def _begin(
-        self, runner: Runner, data: PersonaData, restore: Mapping[str, bytes], warm_LI: Tensor | None
+        self, runner: BackboneRunner, data: PersonaData, restore: Mapping[str, bytes], warm_LI: Tensor | None
     ) -> _Persona:
         encoded = encode(self.backbone.tokenizer, self.config.prompt.system, data, self.learning.max_row_tokens)
         if self.learning.objective.distillation:
@@ -100,9 +101,9 @@ class MaskTrainer:
         found = old and trials.from_bytes(old, self.learning, data.sha256, self.backbone.device)
         if not found:
             found = [
-                Trial(self.learning, data.persona_id, scores, runner.masks.channels, ratio, rate, name)
+                MaskCandidate(self.learning, data.persona_id, scores, runner.masks.channels, ratio, rate, name)
                 for name, ratio, rate, init in halving.candidates(self.learning)
-                for scores in [start_scores(runner, encoded, init, warm_LI, self.settings)]
+                for scores in [initial_scores(runner, encoded, init, warm_LI, self.settings)]
             ]
         for trial in found:
             if not torch.isfinite(trial.scores_LI).all():
@@ -111,7 +112,7 @@ class MaskTrainer:
 
     def _step(
         self,
-        runner: Runner,
+        runner: BackboneRunner,
         live: Sequence[_Persona],
         should_stop: Callable[[], bool],
         progress: Callable[[Progress], None],
@@ -150,11 +151,11 @@ class MaskTrainer:
         stop, *late = (flat[flat.numel() - flags.numel() :] > 0).tolist()
         return stop, late
 
-    def _batch(self, slot: int, persona: _Persona, trial: Trial) -> list[Item]:
+    def _batch(self, slot: int, persona: _Persona, trial: MaskCandidate) -> list[TrainingExample]:
         rows = persona.encoded.train
         numbers = batch(len(rows), self.learning.rows_per_step, trial.step, self.learning.seed, persona.encoded.sha256)
         tokens = sum(rows[n].answer for n in numbers)
-        return [Item(slot, (persona.data.persona_id, n), rows[n], 1 / tokens) for n in numbers]
+        return [TrainingExample(slot, (persona.data.persona_id, n), rows[n], 1 / tokens) for n in numbers]
 
     def _flags(self, live: Sequence[_Persona], should_stop: Callable[[], bool]) -> Tensor:
         flags = torch.zeros(1 + len(live))
@@ -167,7 +168,7 @@ class MaskTrainer:
 
     def _after_step(
         self,
-        runner: Runner,
+        runner: BackboneRunner,
         persona: _Persona,
         stop: bool,
         late: bool,
@@ -192,7 +193,7 @@ class MaskTrainer:
             persona.saved_step, persona.saved_time = persona.trials[0].step, time.monotonic()
         return Outcome.paused(persona.trials) if stop else None
 
-    def _evaluate(self, runner: Runner, persona: _Persona, late: bool) -> str | None:
+    def _evaluate(self, runner: BackboneRunner, persona: _Persona, late: bool) -> str | None:
         """Held-out losses where they are due; the reason to end this persona's training, if there is one."""
         step = persona.trials[0].step
         ended = "steps" if step >= self.learning.steps else "seconds" if late else None
@@ -205,7 +206,7 @@ class MaskTrainer:
             reasons.append(None if trial.heldout is None else trial.stopper.see(trial.heldout, mask_LI))
         return ended or (reasons[0] if len(reasons) == 1 else None)
 
-    def _next_ratio(self, trial: Trial, dense: float | None) -> bool:
+    def _next_ratio(self, trial: MaskCandidate, dense: float | None) -> bool:
         """For the ratio `auto`: whether the trial goes on with a larger ratio. Else it holds its final scores."""
         if self.learning.ratio != "auto":
             return False
@@ -226,22 +227,26 @@ class MaskTrainer:
         steps = persona.trials[0].step - persona.saved_step
         return steps < 0 or steps >= every or (steps > 0 and time.monotonic() - persona.saved_time > seconds)
 
-    def _teacher(self) -> Targets | None:
+    def _teacher(self) -> TeacherCache | None:
         return self.targets if self.learning.objective.distillation else None
 
-    def _heldout(self, runner: Runner, encoded: Encoded, mask_LI: Tensor | None) -> float | None:
-        """Cross-entropy of the held-out rows, nats a token; None where there are none."""
+    def _heldout(self, runner: BackboneRunner, encoded: Encoded, mask_LI: Tensor | None) -> float | None:
+        """Cross-entropy of the held-out rows, nats per token; None where there are none."""
         return heldout(runner, encoded, encoded.heldout, mask_LI, self.settings)
 
 
 def heldout(
-    runner: Runner, encoded: Encoded, rows: Sequence[EncodedRow], mask_LI: Tensor | None, settings: Settings
+    runner: BackboneRunner,
+    encoded: Encoded,
+    rows: Sequence[EncodedRow],
+    mask_LI: Tensor | None,
+    settings: MicroBatchConfig,
 ) -> float | None:
-    """Cross-entropy of `rows` under a hard mask (or none), nats a token, the same on every rank."""
+    """Cross-entropy of `rows` under a hard mask (or none), nats per token, the same on every rank."""
     if not rows:
         return None
     tokens = sum(row.answer for row in rows)
-    items = [Item(0, (encoded.persona_id, -1 - n), row, 1 / tokens) for n, row in enumerate(rows)]
+    items = [TrainingExample(0, (encoded.persona_id, -1 - n), row, 1 / tokens) for n, row in enumerate(rows)]
     masks = None if mask_LI is None else mask_LI.float()[None]
     losses = mask_losses(runner, masks, [encoded.prefix], items, settings)
     return runner.backbone.all_reduce(losses.cross_entropy).item()

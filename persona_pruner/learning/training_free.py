@@ -13,21 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from persona_pruner.backbone.channels import record_channels
-from persona_pruner.backbone.forward import Runner
+from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
-from persona_pruner.config import RunConfig
-from persona_pruner.learning.batches import Item
-from persona_pruner.learning.data import Encoded, PersonaData, encode, seeded
-from persona_pruner.learning.objective import Settings, plan
+from persona_pruner.config.schema import RunConfig
+from persona_pruner.dataset import PersonaData
+from persona_pruner.learning.batches import TrainingExample
+from persona_pruner.learning.encoding import Encoded, encode, seeded
+from persona_pruner.learning.objective import MicroBatchConfig, plan
 
 
 def magnitude(backbone: Backbone) -> Tensor:
     """Norm of all weights of a channel: root of the sum of squares over its input rows and output column."""
-    with Runner(backbone) as runner:
+    with BackboneRunner(backbone) as runner:
         rows = []
         for ffn in runner.masks.ffns:
             linears = (ffn.output, *ffn.inputs)
-            with backbone.whole([linear.weight for linear in linears]):
+            with backbone.gathered_parameters([linear.weight for linear in linears]):
                 total = ffn.output.weight.detach().float().square().sum(0)
                 for linear in ffn.inputs:
                     squares = linear.weight.detach().float().square().sum(1)
@@ -37,15 +38,15 @@ def magnitude(backbone: Backbone) -> Tensor:
 
 
 def random(backbone: Backbone, seed: int) -> Tensor:
-    with Runner(backbone) as runner:
+    with BackboneRunner(backbone) as runner:
         return torch.rand(runner.masks.layers, runner.masks.channels, generator=seeded("random", seed))
 
 
 def activation(backbone: Backbone, config: RunConfig, data: PersonaData) -> Tensor:
     """Root mean square of each channel over the answer tokens of data.train, times the norm of its output weights."""
     encoded = encode(backbone.tokenizer, config.prompt.system, data, config.learning.max_row_tokens)
-    with Runner(backbone) as runner:
-        return activation_scores(runner, encoded, Settings(config.learning.objective))
+    with BackboneRunner(backbone) as runner:
+        return activation_scores(runner, encoded, MicroBatchConfig(config.learning.objective))
 
 
 def contrastive(
@@ -74,17 +75,17 @@ def contrastive_masks(first_LI: Tensor, second_LI: Tensor, k: int, disjoint: int
     return masks[0], masks[1]
 
 
-def activation_scores(runner: Runner, encoded: Encoded, settings: Settings) -> Tensor:
+def activation_scores(runner: BackboneRunner, encoded: Encoded, settings: MicroBatchConfig) -> Tensor:
     """`activation` for rows that are tokens already."""
     squares_LI, tokens = _squares(runner, encoded, settings)
     norms = []
     for ffn in runner.masks.ffns:
-        with runner.backbone.whole([ffn.output.weight]):
+        with runner.backbone.gathered_parameters([ffn.output.weight]):
             norms.append(ffn.output.weight.detach().float().norm(dim=0))
     return (squares_LI / max(tokens, 1)).sqrt() * torch.stack(norms)
 
 
-def ranks(scores_LI: Tensor) -> Tensor:
+def rank_normalize(scores_LI: Tensor) -> Tensor:
     """Each layer's scores as ranks, evenly spread over (0, 1): the scale on which learning starts."""
     channels = scores_LI.shape[1]
     order = scores_LI.argsort(dim=-1, stable=True)
@@ -92,14 +93,14 @@ def ranks(scores_LI: Tensor) -> Tensor:
     return torch.empty_like(scores_LI, dtype=torch.float32).scatter_(1, order, (places + 0.5) / channels)
 
 
-def items_of(encoded: Encoded, slot: int = 0) -> list[Item]:
+def items_of(encoded: Encoded, slot: int = 0) -> list[TrainingExample]:
     """All training rows of a persona, every answer token counting the same."""
     tokens = sum(row.answer for row in encoded.train)
-    return [Item(slot, (encoded.persona_id, n), row, 1 / tokens) for n, row in enumerate(encoded.train)]
+    return [TrainingExample(slot, (encoded.persona_id, n), row, 1 / tokens) for n, row in enumerate(encoded.train)]
 
 
 @torch.no_grad()
-def _squares(runner: Runner, encoded: Encoded, settings: Settings) -> tuple[Tensor, int]:
+def _squares(runner: BackboneRunner, encoded: Encoded, settings: MicroBatchConfig) -> tuple[Tensor, int]:
     """Sum of squares of every channel [L, I] over the answer positions of the training rows, and their number."""
     masks = runner.masks
     sums_LI = torch.zeros(masks.layers, masks.channels, device=runner.backbone.device)
@@ -134,8 +135,8 @@ def wanda(backbone: Backbone, config: RunConfig, data: PersonaData, ratio: float
     """
     assert not backbone.sharded, "evaluation only"
     encoded = encode(backbone.tokenizer, config.prompt.system, data, config.learning.max_row_tokens)
-    with Runner(backbone) as runner:
-        norms = _input_norms(runner, encoded, Settings(config.learning.objective))
+    with BackboneRunner(backbone) as runner:
+        norms = _input_norms(runner, encoded, MicroBatchConfig(config.learning.objective))
     kept = {}
     try:
         for linear, norm_D in norms.items():
@@ -150,7 +151,7 @@ def wanda(backbone: Backbone, config: RunConfig, data: PersonaData, ratio: float
 
 
 @torch.no_grad()
-def _input_norms(runner: Runner, encoded: Encoded, settings: Settings) -> dict[nn.Linear, Tensor]:
+def _input_norms(runner: BackboneRunner, encoded: Encoded, settings: MicroBatchConfig) -> dict[nn.Linear, Tensor]:
     head = runner.model.get_output_embeddings()
     linears = [m for m in runner.model.modules() if isinstance(m, nn.Linear) and m is not head]
     sums = {linear: torch.zeros(linear.in_features, device=runner.backbone.device) for linear in linears}

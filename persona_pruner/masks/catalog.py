@@ -8,9 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from persona_pruner import layout
-from persona_pruner.mask import Mask
-from persona_pruner.storage import NotFoundError, ObjectInfo, Storage, read_parquet
+from persona_pruner.masks.format import Mask
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import NotFoundError, ObjectInfo, Storage
+from persona_pruner.storage.open import read_parquet
 
 SCHEMA = pa.schema(
     [
@@ -66,8 +67,8 @@ def build_catalog(
 
 def mask_objects(storage: Storage) -> Iterator[ObjectInfo]:
     """The mask objects below `storage`."""
-    for item in storage.list(layout.MASKS):
-        if item.key == layout.mask(layout.persona_of(item.key, layout.MASKS)):
+    for item in storage.list(keys.MASKS):
+        if item.key == keys.mask(keys.persona_of(item.key, keys.MASKS)):
             yield item
 
 
@@ -75,7 +76,7 @@ def _row(storage: Storage, item: ObjectInfo) -> dict[str, Any]:
     where = f"{storage.url}/{item.key}"
     data = storage.get(item.key)
     mask = Mask.from_bytes(data, where)
-    persona_id = layout.persona_of(item.key, layout.MASKS)
+    persona_id = keys.persona_of(item.key, keys.MASKS)
     mask.check(where, persona_id=persona_id)
     values = {name: getattr(mask.metadata, name) for name in SCHEMA.names if hasattr(mask.metadata, name)}
     return values | {"key": item.key, "size": item.size, "modified": item.modified, "keep": mask.packed()}
@@ -85,7 +86,7 @@ def read_catalog(storage: Storage, columns: Sequence[str] = tuple(SCHEMA.names))
     """The stored catalog; empty where there is none or it cannot be read."""
     schema = pa.schema([SCHEMA.field(name) for name in columns])
     try:
-        table = read_parquet(storage.get(layout.CATALOG), schema.names)
+        table = read_parquet(storage.get(keys.CATALOG), schema.names)
         return table.select(schema.names).cast(schema)
     except (NotFoundError, pa.ArrowException, KeyError, OSError, ValueError):
         return schema.empty_table()
@@ -94,4 +95,4 @@ def read_catalog(storage: Storage, columns: Sequence[str] = tuple(SCHEMA.names))
 def write_catalog(storage: Storage, table: pa.Table) -> None:
     stream = io.BytesIO()
     pq.write_table(table, stream, compression="zstd")
-    storage.put(layout.CATALOG, stream.getvalue())
+    storage.put(keys.CATALOG, stream.getvalue())

@@ -38,7 +38,7 @@ class MaskMetadata:
     seed: int
     steps: int
     loss_dense: float | None = None
-    """Held-out loss of the unpruned backbone, nats a token."""
+    """Held-out loss of the unpruned backbone, nats per token."""
     loss_masked: float | None = None
     data_sha256: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)

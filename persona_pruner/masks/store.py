@@ -17,12 +17,13 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from persona_pruner import layout
-from persona_pruner.catalog import build_catalog, mask_objects
-from persona_pruner.config import StorageConfig
+from persona_pruner.config.schema import StorageConfig
 from persona_pruner.errors import ConfigError, Faults, MaskError, StorageError, UserError
-from persona_pruner.mask import Mask, MaskMetadata, load_keep_indices
-from persona_pruner.storage import NotFoundError, Storage, open_storage
+from persona_pruner.masks.catalog import build_catalog, mask_objects
+from persona_pruner.masks.format import Mask, MaskMetadata, load_keep_indices
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import NotFoundError, Storage
+from persona_pruner.storage.open import open_storage
 
 ORPHAN_SECONDS = 24 * 3600
 _CONDITION = re.compile(r"\s*(\w+)\s*(==|!=|<=|>=|<|>)\s*(.+?)\s*")
@@ -50,15 +51,15 @@ class MaskStore:
     def __init__(self, url: str | Path, config: StorageConfig | None = None) -> None:
         self.config = config or StorageConfig()
         self.storage: Storage = open_storage(url, self.config)
-        self.storage.reach(layout.MASKS)
+        self.storage.check_readable(keys.MASKS)
 
     def ids(self) -> list[str]:
         """Personas that have a mask, sorted."""
-        return sorted(layout.persona_of(item.key, layout.MASKS) for item in mask_objects(self.storage))
+        return sorted(keys.persona_of(item.key, keys.MASKS) for item in mask_objects(self.storage))
 
     def read(self, persona_id: str) -> tuple[bytes, Mask]:
         """A mask and its bytes, verified. Raises MaskError naming the key, NotFoundError."""
-        key = layout.mask(persona_id)
+        key = keys.mask(persona_id)
         where = f"{self.storage.url}/{key}"
         try:
             data = self.storage.get(key)
@@ -119,7 +120,7 @@ class MaskStore:
             raise Faults([str(fault) for fault in faults])
 
     def _pull(self, persona_id: str, to: Path, target: Storage, indices: bool) -> Pulled:
-        key = f"{persona_id}.pt" if indices else layout.mask(persona_id)
+        key = f"{persona_id}.pt" if indices else keys.mask(persona_id)
         if not indices and self._verified(target, persona_id):
             return Pulled(persona_id, to / key, False)
         data, mask = self.read(persona_id)
@@ -131,7 +132,7 @@ class MaskStore:
         return Pulled(persona_id, to / key, True)
 
     def _verified(self, target: Storage, persona_id: str) -> bool:
-        key = layout.mask(persona_id)
+        key = keys.mask(persona_id)
         try:
             Mask.from_bytes(target.get(key), key).check(key, persona_id=persona_id)
         except (MaskError, StorageError):
@@ -158,7 +159,7 @@ class MaskStore:
     def share(self, persona_id: str, seconds: int) -> str:
         """A link that reads the mask without credentials, for so many seconds."""
         self.read(persona_id)
-        return self.storage.share(layout.mask(persona_id), seconds)
+        return self.storage.share(keys.mask(persona_id), seconds)
 
     def import_indices(
         self,
@@ -186,8 +187,8 @@ class MaskStore:
             ratio=1 - kept / channels, seed=0, steps=0,
         )  # fmt: skip
         mask = Mask(keep_LI, metadata)
-        if not self.storage.put_if_absent(layout.mask(persona_id), mask.to_bytes()):
-            raise MaskError(f"{self.storage.url}/{layout.mask(persona_id)}: another mask is there; remove it first")
+        if not self.storage.put_if_absent(keys.mask(persona_id), mask.to_bytes()):
+            raise MaskError(f"{self.storage.url}/{keys.mask(persona_id)}: another mask is there; remove it first")
         return mask
 
 
@@ -203,11 +204,11 @@ def garbage(storage: Storage) -> list[str]:
             continue
         masked.add(persona_id)
     found = []
-    for prefix in (layout.CHECKPOINTS, layout.ANSWERS, layout.ERRORS, layout.SYNTHESIS):
-        found += [item.key for item in storage.list(prefix) if layout.persona_of(item.key, prefix) in masked]
+    for prefix in (keys.CHECKPOINTS, keys.ANSWERS, keys.ERRORS, keys.SYNTHESIS):
+        found += [item.key for item in storage.list(prefix) if keys.persona_of(item.key, prefix) in masked]
     return found
 
 
 def orphans(storage: Storage, remove: bool = False) -> list[str]:
     """Writes that were begun over a day ago and never finished: their writers are dead. Removed where asked."""
-    return list(storage.abandoned(time.time() - ORPHAN_SECONDS, remove))
+    return list(storage.incomplete_writes(time.time() - ORPHAN_SECONDS, remove))

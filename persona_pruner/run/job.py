@@ -12,15 +12,16 @@ from typing import Any
 
 from rich.console import Console
 
-from persona_pruner import layout
-from persona_pruner.catalog import build_catalog, write_catalog
-from persona_pruner.config import RunConfig
+from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import EXIT_PERSONAS_FAILED, EXIT_STOPPED, StorageError, UserError
 from persona_pruner.manifest import Manifest, Persona
-from persona_pruner.scheduling.lease import Lease
-from persona_pruner.scheduling.plan import Identity, Plan, check_run, identify, make_plan
-from persona_pruner.scheduling.trial import Trial
-from persona_pruner.storage import Storage, open_storage
+from persona_pruner.masks.catalog import build_catalog, write_catalog
+from persona_pruner.run.lease import Lease
+from persona_pruner.run.plan import Identity, Plan, check_run, identify, make_plan
+from persona_pruner.scheduling.persona_job import PersonaJob
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import Storage
+from persona_pruner.storage.open import open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def run_job(
         load_questions(config.synthesis)
     with Lease(storage, config.scheduler.lease_seconds) as lease:
         stop = Stop(config, lease)
-        storage.put_if_absent(layout.RUN, json.dumps(identity.document(), indent=1).encode())
+        storage.put_if_absent(keys.RUN, json.dumps(identity.document(), indent=1).encode())
         check_run(storage, identity)
         _tell_plan(console, manifest, plan, synthesis)
         job = _Job(config, manifest, output, storage, identity, console, stop)
@@ -93,7 +94,7 @@ def run_job(
 def _check(config: RunConfig, storage: Storage, identity: Identity) -> None:
     from persona_pruner.evaluation.table import read_conversations
 
-    storage.probe()
+    storage.check_writable()
     check_run(storage, identity)
     if config.evaluation.enabled:
         read_conversations(config)
@@ -131,12 +132,14 @@ class _Job:
             return self._finish({}, evaluation)
         start_ray(self.config)
         self.stop.listen()
-        from persona_pruner.scheduling.progress import Watcher
+        from persona_pruner.run.progress import ProgressReporter
+        from persona_pruner.scheduling.group_pool import GroupPool
         from persona_pruner.scheduling.scheduler import Scheduler
-        from persona_pruner.scheduling.shard_group import GroupPool
 
         pool = GroupPool(self.config, self.output, self.identity.run_id)
-        watcher = Watcher(self.console, self.storage, self.identity.run_id, len(self.manifest.personas), len(plan.done))
+        watcher = ProgressReporter(
+            self.console, self.storage, self.identity.run_id, len(self.manifest.personas), len(plan.done)
+        )
         scheduler = Scheduler(self.config, pool, self.storage, watcher)
         state = "failed"
         try:
@@ -157,9 +160,9 @@ class _Job:
         return self._finish(failed, evaluation)
 
     def _train(self, scheduler: Any, todo: Sequence[Persona], ready: Sequence[Persona]) -> bool:
-        arrivals: queue.Queue[Trial | None] = queue.Queue()
+        arrivals: queue.Queue[PersonaJob | None] = queue.Queue()
         for persona in ready:
-            arrivals.put(Trial(persona))
+            arrivals.put(PersonaJob(persona))
         scheduler.expected = len(ready) + len(todo)
         faults: list[Exception] = []
         thread = threading.Thread(target=self._feed, args=(todo, arrivals, faults), name="synthesis", daemon=True)
@@ -169,7 +172,9 @@ class _Job:
             raise faults[0]
         return bool(finished)
 
-    def _feed(self, todo: Sequence[Persona], arrivals: "queue.Queue[Trial | None]", faults: list[Exception]) -> None:
+    def _feed(
+        self, todo: Sequence[Persona], arrivals: "queue.Queue[PersonaJob | None]", faults: list[Exception]
+    ) -> None:
         """Synthesize and hand over each persona as soon as its data are there."""
         from persona_pruner.synthesis.pipeline import synthesize
 
@@ -178,10 +183,10 @@ class _Job:
             for result in synthesize(self.config, self.manifest.personas, list(by_id), self.output):
                 persona = by_id[result.persona_id]
                 if result.error is None:
-                    arrivals.put(Trial(persona))
+                    arrivals.put(PersonaJob(persona))
                 else:
                     cause, message = result.error
-                    arrivals.put(Trial(persona, state="ERROR", attempts=1, cause=cause, message=message))
+                    arrivals.put(PersonaJob(persona, state="ERROR", attempts=1, cause=cause, message=message))
                 if self.stop():
                     return
         except Exception as error:
@@ -234,7 +239,7 @@ class _Job:
         write_catalog(self.storage, catalog)
         masked = self._masked()
         for persona in masked:
-            self.storage.delete(layout.error(persona.id))
+            self.storage.delete(keys.error(persona.id))
         if evaluation:
             from persona_pruner.evaluation import table
 
@@ -244,10 +249,10 @@ class _Job:
             self.console.print(f"failed {persona_id}: {message}", markup=False, highlight=False)
         where = self.storage.url
         self.console.print(
-            f"{len(masked)} of {len(self.manifest.personas)} personas masked; masks under {where}/{layout.MASKS}\n\n"
+            f"{len(masked)} of {len(self.manifest.personas)} personas masked; masks under {where}/{keys.MASKS}\n\n"
             f"next:  persona-pruner status {where}\n"
             f"       persona-pruner inspect {where} --persona {self.manifest.personas[0].id}\n"
-            f"       persona-pruner export {where}/{layout.mask(self.manifest.personas[0].id)} "
+            f"       persona-pruner export {where}/{keys.mask(self.manifest.personas[0].id)} "
             f"--backbone {self.config.backbone.path} --to exported/{self.manifest.personas[0].id}",
             markup=False,
             highlight=False,

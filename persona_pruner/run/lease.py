@@ -15,9 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from persona_pruner import layout
 from persona_pruner.errors import OutputBusyError, StorageError
-from persona_pruner.storage import NotFoundError, Storage
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import NotFoundError, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,13 @@ class Lease:
                         f"wait for it, stop it, or use another output"
                     )
             epoch = epochs[-1] + 1 if epochs else 1
-            if self._storage.put_if_absent(layout.lease(epoch), self._body()):
+            if self._storage.put_if_absent(keys.lease(epoch), self._body()):
                 # A listing taken while another contender took over may have missed both the old number and the new.
                 if max(_epochs(self._storage), default=epoch) > epoch:
-                    self._storage.delete(layout.lease(epoch))
+                    self._storage.delete(keys.lease(epoch))
                     continue
                 for old in epochs:
-                    self._storage.delete(layout.lease(old))
+                    self._storage.delete(keys.lease(old))
                 return epoch
 
     def _body(self) -> bytes:
@@ -73,7 +73,7 @@ class Lease:
                 if max(_epochs(self._storage), default=self._epoch) != self._epoch:
                     self.lost.set()
                     return
-                self._storage.put(layout.lease(self._epoch), self._body())
+                self._storage.put(keys.lease(self._epoch), self._body())
             except StorageError as error:
                 logger.warning("the claim on the output could not be renewed: %s", error)
 
@@ -82,7 +82,7 @@ class Lease:
         self._thread.join(timeout=5)
         if not self.lost.is_set():
             try:
-                self._storage.delete(layout.lease(self._epoch))
+                self._storage.delete(keys.lease(self._epoch))
             except StorageError as error:
                 logger.warning("the claim on the output could not be given back: %s", error)
 
@@ -101,13 +101,13 @@ def holder(storage: Storage) -> dict[str, Any] | None:
 
 
 def _epochs(storage: Storage) -> list[int]:
-    names = (item.key.removeprefix(layout.LEASES).removesuffix(".json") for item in storage.list(layout.LEASES))
+    names = (item.key.removeprefix(keys.LEASES).removesuffix(".json") for item in storage.list(keys.LEASES))
     return [int(name) for name in names if name.isdigit()]
 
 
 def _read(storage: Storage, epoch: int) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(storage.get(layout.lease(epoch))))
+        return dict(json.loads(storage.get(keys.lease(epoch))))
     except (NotFoundError, ValueError):
         return None
 

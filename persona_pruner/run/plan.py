@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_pruner import layout
 from persona_pruner.backbone.load import fingerprint, resolve
-from persona_pruner.catalog import build_catalog
-from persona_pruner.config import RunConfig
+from persona_pruner.config.schema import RunConfig
+from persona_pruner.dataset import is_current
 from persona_pruner.errors import ConfigError, MaskError
 from persona_pruner.manifest import Manifest, Persona
-from persona_pruner.storage import NotFoundError, Storage
-from persona_pruner.synthesis.records import is_current
+from persona_pruner.masks.catalog import build_catalog
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import NotFoundError, Storage
 
 CHARACTERS_A_TOKEN = 4
 ROW_TOKENS = 80
@@ -78,7 +78,7 @@ def identify(config: RunConfig) -> Identity:
 def check_run(storage: Storage, identity: Identity) -> None:
     """Raise ConfigError where the output was made with other settings or another backbone; name what differs."""
     try:
-        there = json.loads(storage.get(layout.RUN))
+        there = json.loads(storage.get(keys.RUN))
     except NotFoundError:
         return
     if there["run_id"] == identity.run_id:
@@ -108,8 +108,8 @@ def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
             masked[row["persona_id"]] = (row["persona_sha256"], row["run_id"])
     except MaskError:
         masked = _verified_one_by_one(storage)
-    data = {layout.persona_of(item.key, layout.SYNTHESIS) for item in storage.list(layout.SYNTHESIS)}
-    errors = {layout.persona_of(item.key, layout.ERRORS) for item in storage.list(layout.ERRORS)}
+    data = {keys.persona_of(item.key, keys.SYNTHESIS) for item in storage.list(keys.SYNTHESIS)}
+    errors = {keys.persona_of(item.key, keys.ERRORS) for item in storage.list(keys.ERRORS)}
     done = [p for p in manifest.personas if masked.get(p.id) == (p.sha256, identity.run_id)]
     finished = {p.id for p in done}
     with_data = [p for p in manifest.personas if p.id in data and p.id not in finished]
@@ -126,12 +126,12 @@ def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
 
 def _verified_one_by_one(storage: Storage) -> dict[str, tuple[str, str]]:
     """Masks that verify, where some do not: those are made again."""
-    from persona_pruner.catalog import mask_objects
-    from persona_pruner.mask import Mask
+    from persona_pruner.masks.catalog import mask_objects
+    from persona_pruner.masks.format import Mask
 
     found = {}
     for item in mask_objects(storage):
-        persona_id = layout.persona_of(item.key, layout.MASKS)
+        persona_id = keys.persona_of(item.key, keys.MASKS)
         try:
             mask = Mask.from_bytes(storage.get(item.key), item.key)
             mask.check(item.key, persona_id=persona_id)

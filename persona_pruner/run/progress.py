@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from persona_pruner import layout
 from persona_pruner.errors import StorageError
-from persona_pruner.scheduling.lease import holder
-from persona_pruner.storage import NotFoundError, Storage
+from persona_pruner.run.lease import holder
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import NotFoundError, Storage
 
 if TYPE_CHECKING:
     # `persona-pruner status` reads through this module: it must not wait for ray and torch.
@@ -27,7 +27,7 @@ LINE_SECONDS = 10.0
 STATES = ("PENDING", "RUNNING", "PAUSED", "TERMINATED", "ERROR")
 
 
-class Watcher:
+class ProgressReporter:
     """Called by the scheduler at every turn; writes at its own pace and never holds the scheduler up."""
 
     def __init__(self, console: Console, storage: Storage, run_id: str, total: int, done: int) -> None:
@@ -86,13 +86,13 @@ class Watcher:
             "personas": self._total,
             "done_before": self._done,
             "trials": {name: counts[name] for name in STATES},
-            "groups": {"up": sum(g.usable for g in groups), "busy": sum(bool(g.tickets) for g in groups)},
+            "groups": {"up": sum(g.usable for g in groups), "busy": sum(bool(g.calls) for g in groups)},
             "groups_lost": scheduler.groups_lost,
             "retries": scheduler.retries,
             "utilization": round(min(1.0, scheduler.busy_seconds / max(scheduler.pool.up_seconds, 1e-9)), 3),
             "tokens": scheduler.tokens,
-            "tokens_a_second": round(scheduler.tokens / seconds, 1) if seconds else 0.0,
-            "personas_an_hour": round(finished / seconds * 3600, 1) if seconds else 0.0,
+            "tokens_per_second": round(scheduler.tokens / seconds, 1) if seconds else 0.0,
+            "personas_per_hour": round(finished / seconds * 3600, 1) if seconds else 0.0,
             "seconds": round(seconds, 1),
             "eta_seconds": None if eta is None else round(eta),
             "running": [
@@ -104,7 +104,7 @@ class Watcher:
 
     def _write(self, status: dict[str, Any]) -> None:
         try:
-            self._storage.put(layout.STATUS, json.dumps(status, indent=1).encode())
+            self._storage.put(keys.STATUS, json.dumps(status, indent=1).encode())
             self._board.store()
         except StorageError as error:
             self._console.print(f"status could not be written: {error}", markup=False)
@@ -158,7 +158,7 @@ class _Board:
 
     def store(self) -> None:
         for file in self._directory.iterdir():
-            self._storage.put(f"{layout.TENSORBOARD}/{file.name}", file.read_bytes())
+            self._storage.put(f"{keys.TENSORBOARD}/{file.name}", file.read_bytes())
 
     def close(self) -> None:
         self._writer.close()
@@ -175,8 +175,8 @@ class _Metrics:
         self._gauges = {
             name: Gauge(f"persona_pruner_{name}", text)
             for name, text in (
-                ("personas_an_hour", "Personas masked or failed in an hour"),
-                ("tokens_a_second", "Tokens trained on in a second"),
+                ("personas_per_hour", "Personas masked or failed in an hour"),
+                ("tokens_per_second", "Tokens trained on in a second"),
                 ("retries", "Trials that were tried again"),
                 ("groups_lost", "Shard groups that were lost"),
                 ("groups_busy", "Share of shard groups that work"),
@@ -206,9 +206,9 @@ def _line(status: dict[str, Any]) -> str:
 def read_status(storage: Storage) -> dict[str, Any]:
     """The last status of a run, and whether a job works there now. Raises NotFoundError where none ever did."""
     try:
-        status = dict(json.loads(storage.get(layout.STATUS)))
+        status = dict(json.loads(storage.get(keys.STATUS)))
     except NotFoundError:
-        raise NotFoundError(f"{storage.url}: no run has worked here ({layout.STATUS} is missing)") from None
+        raise NotFoundError(f"{storage.url}: no run has worked here ({keys.STATUS} is missing)") from None
     claim = holder(storage)
     if claim is None and status["state"] == "running":
         status["state"] = "dead"

@@ -13,10 +13,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 
-from persona_pruner.config import RunConfig
+from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import UserError
-from persona_pruner.scheduling.shard_actor import RemoteShard
-from persona_pruner.synthesis.shards import place, remove_ranks, start_ranks
+from persona_pruner.scheduling.actor_group import request_placement_group, start_workers, stop_workers
+from persona_pruner.scheduling.training_worker import RemoteTrainingWorker
 
 QUEUE_DEPTH = 2
 """Calls that wait at a group, so that it is never idle between two personas."""
@@ -28,7 +28,7 @@ PEER_SECONDS = 5.0
 
 
 @dataclass
-class Ticket:
+class GroupCall:
     """One call on a group: all its ranks run it, rank 0's answer counts."""
 
     method: str
@@ -44,7 +44,7 @@ class PoolEvent:
 
     kind: Literal["started", "lost", "result", "error", "dropped"]
     group: str
-    ticket: Ticket | None = None
+    ticket: GroupCall | None = None
     value: Any = None
     message: str = ""
 
@@ -60,7 +60,7 @@ class Group:
     deadline: float = float("inf")
     """Monotonic time by which its actors must have started."""
     info: list[dict[str, Any]] = field(default_factory=list)
-    tickets: deque[Ticket] = field(default_factory=deque)
+    calls: deque[GroupCall] = field(default_factory=deque)
     idle_since: float = field(default_factory=time.monotonic)
 
     @property
@@ -87,7 +87,7 @@ class GroupPool:
         while len(self.groups) < wanted:
             self.groups.append(self._new_group())
         now = time.monotonic()
-        for group in [g for g in self.groups if not g.tickets and g.usable]:
+        for group in [g for g in self.groups if not g.calls and g.usable]:
             idle = now - group.idle_since > settings.idle_seconds
             if len(self.groups) > max(wanted, settings.min) and idle:
                 self._remove(group)
@@ -97,16 +97,16 @@ class GroupPool:
 
     def free(self) -> Group | None:
         """The usable group with the fewest calls waiting, if one takes more."""
-        usable = [g for g in self.groups if g.usable and len(g.tickets) < QUEUE_DEPTH]
-        return min(usable, key=lambda g: len(g.tickets), default=None)
+        usable = [g for g in self.groups if g.usable and len(g.calls) < QUEUE_DEPTH]
+        return min(usable, key=lambda g: len(g.calls), default=None)
 
     def submit(self, group: Group, method: str, argument: Any, what: Any) -> None:
-        ticket = Ticket(method, argument, what)
-        if method == "train" and group.tickets:
+        ticket = GroupCall(method, argument, what)
+        if method == "train" and group.calls:
             for actor in group.actors:
                 actor.prefetch.remote(argument)
         ticket.refs = [getattr(actor, method).remote(argument) for actor in group.actors]
-        group.tickets.append(ticket)
+        group.calls.append(ticket)
 
     def poll(self, timeout: float) -> list[PoolEvent]:
         """What happened, waiting at most `timeout` seconds for something."""
@@ -138,8 +138,8 @@ class GroupPool:
             if not group.actors:
                 watched[group.ready] = group
             watched |= dict.fromkeys(group.starting, group)
-            if group.tickets:
-                watched |= dict.fromkeys(group.tickets[0].refs, group)
+            if group.calls:
+                watched |= dict.fromkeys(group.calls[0].refs, group)
         return watched
 
     def _advance(self, group: Group, done: set[Any]) -> list[PoolEvent]:
@@ -175,18 +175,18 @@ class GroupPool:
         return [PoolEvent("started", group.name)]
 
     def _answered(self, group: Group, done: set[Any]) -> list[PoolEvent]:
-        ticket = group.tickets[0]
+        ticket = group.calls[0]
         values = {ref: ray.get(ref, timeout=60) for ref in ticket.refs if ref in done}
         if ticket.refs[0] not in values:
             ticket.refs = [ref for ref in ticket.refs if ref not in values]
             return []
-        group.tickets.popleft()
+        group.calls.popleft()
         group.idle_since = time.monotonic()
         return [PoolEvent("result", group.name, ticket, values[ticket.refs[0]])]
 
     def _dead_peer(self, group: Group) -> RayActorError | None:
         """A rank whose peer died fails with a broken connection: then the peer's death is the cause."""
-        refs = list(group.tickets[0].refs)
+        refs = list(group.calls[0].refs)
         done, _ = ray.wait(refs, num_returns=len(refs), timeout=PEER_SECONDS, fetch_local=False)
         for ref in done:
             try:
@@ -199,7 +199,7 @@ class GroupPool:
 
     def _fail(self, group: Group, cause: Exception) -> list[PoolEvent]:
         """The call broke: its persona has failed, and the group, whose state nobody knows, is replaced."""
-        first, *rest = group.tickets
+        first, *rest = group.calls
         self._remove(group)
         return [
             PoolEvent("error", group.name, first, cause, _line(cause)),
@@ -207,7 +207,7 @@ class GroupPool:
         ]
 
     def _lose(self, group: Group, error: RayError) -> list[PoolEvent]:
-        tickets = list(group.tickets)
+        calls = list(group.calls)
         message = f"group {group.name} was lost: {_line(error)}"
         starting = not group.usable and isinstance(error, RayActorError | GetTimeoutError)
         self._remove(group)
@@ -215,7 +215,7 @@ class GroupPool:
             self._failed_starts += 1
             if self._failed_starts > MAX_LOST_STARTS:
                 raise UserError(f"no shard group comes up: {message}")
-        running, waiting = tickets[:1], tickets[1:]
+        running, waiting = calls[:1], calls[1:]
         return [
             PoolEvent("lost", group.name, message=message),
             *(PoolEvent("error", group.name, ticket, None, message) for ticket in running),
@@ -224,22 +224,22 @@ class GroupPool:
 
     def _new_group(self) -> Group:
         self._made += 1
-        placement = place(self.config.groups)
+        placement = request_placement_group(self.config.groups)
         return Group(f"g{self._made}", placement, placement.ready())
 
     def _make_actors(self, group: Group) -> None:
         settings = self.config.groups
         arguments = (self.config, self.output, self.run_id)
-        group.actors, group.starting = start_ranks(RemoteShard, group.placement, settings, *arguments)
+        group.actors, group.starting = start_workers(RemoteTrainingWorker, group.placement, settings, *arguments)
         group.deadline = time.monotonic() + settings.timeout_seconds
 
     def _remove(self, group: Group) -> None:
         self.groups.remove(group)
-        remove_ranks(group.actors, group.placement)
+        stop_workers(group.actors, group.placement)
 
     def control(self, method: str) -> list[Any]:
         """Call a control method on rank 0 of every busy group."""
-        return [getattr(g.actors[0], method).remote() for g in self.groups if g.usable and g.tickets]
+        return [getattr(g.actors[0], method).remote() for g in self.groups if g.usable and g.calls]
 
     def close(self) -> None:
         for group in list(self.groups):

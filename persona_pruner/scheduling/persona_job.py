@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from persona_pruner.config import SchedulerConfig
+from persona_pruner.config.schema import SchedulerConfig
 from persona_pruner.manifest import Persona
 
 State = Literal["PENDING", "RUNNING", "PAUSED", "TERMINATED", "ERROR"]
@@ -15,7 +15,7 @@ HOPELESS = frozenset({"empty", "no_data", "bad_data", "row_too_long", "not_finit
 
 
 @dataclass(frozen=True)
-class Trial:
+class PersonaJob:
     persona: Persona
     state: State = "PENDING"
     attempts: int = 0
@@ -25,7 +25,7 @@ class Trial:
     group: str | None = None
     step: int = 0
     heldout_loss: float | None = None
-    """Of its mask, nats a token."""
+    """Of its mask, nats per token."""
     seconds: float = 0.0
     tokens: int = 0
     not_before: float = 0.0
@@ -49,7 +49,7 @@ class Event:
     message: str = ""
 
 
-def transition(trial: Trial, event: Event, settings: SchedulerConfig, now: float) -> Trial:
+def transition(trial: PersonaJob, event: Event, settings: SchedulerConfig, now: float) -> PersonaJob:
     """The trial after an event. A lost group does not count against `max_failures`, only against MAX_LOSSES."""
     if event.kind == "started":
         return dataclasses.replace(trial, state="RUNNING", group=event.group)

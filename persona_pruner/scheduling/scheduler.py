@@ -16,14 +16,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from persona_pruner import layout
-from persona_pruner.config import RunConfig
+from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import StorageError
 from persona_pruner.learning.outcome import Progress
 from persona_pruner.manifest import Persona
-from persona_pruner.scheduling.shard_group import GroupPool, PoolEvent, Ticket
-from persona_pruner.scheduling.trial import Event, Trial, transition
-from persona_pruner.storage import Storage
+from persona_pruner.scheduling.group_pool import GroupCall, GroupPool, PoolEvent
+from persona_pruner.scheduling.persona_job import Event, PersonaJob, transition
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import Storage
 
 logger = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
@@ -42,7 +42,7 @@ class Scheduler:
         watch: Callable[["Scheduler"], None] = lambda scheduler: None,
     ) -> None:
         self.config, self.pool, self.storage, self._watch = config, pool, storage, watch
-        self.trials: dict[str, Trial] = {}
+        self.trials: dict[str, PersonaJob] = {}
         self.expected = 0
         """Personas still to arrive."""
         self.retries = 0
@@ -60,7 +60,7 @@ class Scheduler:
         counts["PENDING"] += self.expected
         return counts
 
-    def add(self, trial: Trial) -> None:
+    def add(self, trial: PersonaJob) -> None:
         self.trials[trial.persona.id] = trial
         self.expected -= 1
         if trial.state == "ERROR":
@@ -68,7 +68,7 @@ class Scheduler:
         else:
             self._push(trial)
 
-    def run(self, arrivals: "queue.Queue[Trial | None]", should_stop: Callable[[], bool]) -> bool:
+    def run(self, arrivals: "queue.Queue[PersonaJob | None]", should_stop: Callable[[], bool]) -> bool:
         """Train everything that arrives. True when all is through, False when stopped before."""
         open_end = True
         while True:
@@ -94,7 +94,7 @@ class Scheduler:
             self._read_progress()
             self._watch(self)
 
-    def _push(self, trial: Trial) -> None:
+    def _push(self, trial: PersonaJob) -> None:
         heapq.heappush(self._waiting, (trial.not_before, -trial.persona.priority, next(self._order), trial.persona.id))
 
     def _assign(self) -> None:
@@ -130,7 +130,7 @@ class Scheduler:
         elif event.ticket is not None:
             self._take_answer(event, event.ticket)
 
-    def _take_answer(self, event: PoolEvent, ticket: Ticket) -> None:
+    def _take_answer(self, event: PoolEvent, ticket: GroupCall) -> None:
         if event.kind == "result":
             for result in event.value:
                 self.busy_seconds += result["busy_seconds"]
@@ -158,7 +158,7 @@ class Scheduler:
         elif trial.state == "TERMINATED":
             self.tokens += trial.tokens
 
-    def _store_error(self, trial: Trial) -> None:
+    def _store_error(self, trial: PersonaJob) -> None:
         value = {
             "persona_id": trial.persona.id,
             "cause": trial.cause,
@@ -166,7 +166,7 @@ class Scheduler:
             "attempts": trial.attempts,
             "groups_lost": trial.losses,
         }
-        self.storage.put(layout.error(trial.persona.id), json.dumps(value, indent=1).encode())
+        self.storage.put(keys.error(trial.persona.id), json.dumps(value, indent=1).encode())
 
     def _read_progress(self) -> None:
         """Ask the groups now and then where they are; never wait for them."""
@@ -203,7 +203,7 @@ class Scheduler:
         """Let the groups checkpoint what runs, for at most STOP_SECONDS."""
         deadline = time.monotonic() + STOP_SECONDS
         self.pool.control("stop")
-        while any(group.tickets for group in self.pool.groups) and time.monotonic() < deadline:
+        while any(group.calls for group in self.pool.groups) and time.monotonic() < deadline:
             for event in self.pool.poll(TICK_SECONDS):
                 if event.kind == "result" and event.ticket is not None:
                     self._take(event)

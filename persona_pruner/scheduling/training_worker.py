@@ -11,22 +11,22 @@ from typing import Any
 import ray
 import torch
 
-from persona_pruner import layout
 from persona_pruner.backbone.load import World, free_port, load_backbone
-from persona_pruner.config import RunConfig
+from persona_pruner.config.schema import RunConfig
+from persona_pruner.dataset import PersonaData, read_persona_data
 from persona_pruner.errors import MaskError, PersonaError, StorageError
 from persona_pruner.evaluation import table
-from persona_pruner.learning.data import PersonaData
 from persona_pruner.learning.global_mask import train_global
 from persona_pruner.learning.outcome import Progress
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.manifest import Persona
-from persona_pruner.mask import Mask
-from persona_pruner.storage import NotFoundError, Storage, open_storage
-from persona_pruner.synthesis.records import read_persona_data
+from persona_pruner.masks.format import Mask
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import NotFoundError, Storage
+from persona_pruner.storage.open import open_storage
 
 
-class ShardActor:
+class TrainingWorker:
     """One shard of the backbone, and the work of its group. `control` methods answer while it trains."""
 
     def __init__(self, config: RunConfig, output: str, run_id: str) -> None:
@@ -81,7 +81,7 @@ class ShardActor:
             data,
             run_id=self.run_id,
             restore=restore,
-            checkpoint=lambda persona_id, state: self.storage.put(layout.checkpoint(persona_id), state),
+            checkpoint=lambda persona_id, state: self.storage.put(keys.checkpoint(persona_id), state),
             should_stop=self._stop.is_set,
             progress=self._note,
             warm_scores=self._warm_scores([each.persona_id for each in data]),
@@ -135,7 +135,7 @@ class ShardActor:
 
     def _checkpoint_of(self, persona: Persona) -> dict[str, bytes]:
         try:
-            return {persona.id: self.storage.get(layout.checkpoint(persona.id))}
+            return {persona.id: self.storage.get(keys.checkpoint(persona.id))}
         except NotFoundError:
             return {}
 
@@ -146,7 +146,7 @@ class ShardActor:
             return {}
         scores = []
         for name in names.split(","):
-            key = layout.mask(name.strip())
+            key = keys.mask(name.strip())
             found = Mask.from_bytes(self.storage.get(key), f"{self.storage.url}/{key}").scores_LI
             if found is None:
                 raise MaskError(f"{self.storage.url}/{key}: holds no scores; make it with learning.keep_scores: true")
@@ -154,7 +154,7 @@ class ShardActor:
         return dict.fromkeys(persona_ids, torch.stack(scores).mean(0))
 
 
-RemoteShard: Any = ray.remote(concurrency_groups={"control": 2}, max_restarts=0)(ShardActor)  # type: ignore[call-overload]
+RemoteTrainingWorker: Any = ray.remote(concurrency_groups={"control": 2}, max_restarts=0)(TrainingWorker)  # type: ignore[call-overload]
 
 
 def _failure(persona_id: str, error: PersonaError) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _failure(persona_id: str, error: PersonaError) -> dict[str, Any]:
 
 def commit_mask(storage: Storage, mask: Mask) -> None:
     """Store a mask, read it back and verify it; then its checkpoint is gone. A stale mask in its place is replaced."""
-    key = layout.mask(mask.metadata.persona_id)
+    key = keys.mask(mask.metadata.persona_id)
     data = mask.to_bytes()
     if not storage.put_if_absent(key, data) and storage.get(key) != data:
         storage.put(key, data)
@@ -171,4 +171,4 @@ def commit_mask(storage: Storage, mask: Mask) -> None:
     if stored != data:
         Mask.from_bytes(stored, f"{storage.url}/{key}")
         raise MaskError(f"{storage.url}/{key}: holds another mask than the one just written")
-    storage.delete(layout.checkpoint(mask.metadata.persona_id))
+    storage.delete(keys.checkpoint(mask.metadata.persona_id))

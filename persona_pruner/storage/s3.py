@@ -18,9 +18,9 @@ from botocore import exceptions as known
 from botocore.config import Config
 from urllib3.exceptions import HTTPError
 
-from persona_pruner.config import StorageConfig
+from persona_pruner.config.schema import StorageConfig
 from persona_pruner.errors import StorageError
-from persona_pruner.storage import NotFoundError, ObjectInfo, TransientError, check_key, until_deadline
+from persona_pruner.storage.base import NotFoundError, ObjectInfo, TransientError, check_key, until_deadline
 
 T = TypeVar("T")
 MULTIPART_BYTES = 64 * 2**20
@@ -263,20 +263,20 @@ class S3Storage:
         name = self._name(key)
         self._call(key, lambda client: client.delete_object(Bucket=self.bucket, Key=name))
 
-    def reach(self, prefix: str = "") -> None:
+    def check_readable(self, prefix: str = "") -> None:
         arguments = {"Bucket": self.bucket, "Prefix": self.prefix + prefix, "MaxKeys": 1}
         self._call("", lambda client: client.list_objects_v2(**arguments), PROBE_SECONDS)
 
-    def probe(self) -> None:
+    def check_writable(self) -> None:
         arguments = self._arguments(".probe", b"")
-        self.reach()
+        self.check_readable()
         self._call("", lambda client: client.put_object(**arguments), PROBE_SECONDS)
         self._call("", lambda client: client.delete_object(Bucket=self.bucket, Key=arguments["Key"]), PROBE_SECONDS)
         self._honours_conditions()
 
-    def abandoned(self, before: float, remove: bool = False) -> Sequence[str]:
+    def incomplete_writes(self, before: float, remove: bool = False) -> Sequence[str]:
         def call(client: Any) -> Sequence[str]:
-            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=self.prefix)
+            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, PrefixCache=self.prefix)
             found = [u for page in pages for u in page.get("Uploads", ()) if u["Initiated"].timestamp() < before]
             for upload in found if remove else ():
                 with contextlib.suppress(client.exceptions.NoSuchUpload):

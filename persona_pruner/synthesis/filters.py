@@ -3,7 +3,7 @@
 import re
 from difflib import SequenceMatcher
 
-from persona_pruner.config import FilterConfig
+from persona_pruner.config.schema import FilterConfig
 
 _REFUSAL = re.compile(
     r"\b(i('m| am) sorry,? but|i (can('t|not)|am unable to|won't) (help|assist|answer|do that|comply|fulfil+|provide)|"

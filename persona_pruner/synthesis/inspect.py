@@ -5,9 +5,9 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from persona_pruner.dataset import NOT_SELECTED, read_table
 from persona_pruner.errors import PersonaError, UserError
-from persona_pruner.storage import Storage
-from persona_pruner.synthesis.records import NOT_SELECTED, read_table
+from persona_pruner.storage.base import Storage
 
 
 def inspect_persona(storage: Storage, persona_id: str, count: int = 5) -> dict[str, Any]:

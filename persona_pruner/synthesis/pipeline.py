@@ -14,17 +14,19 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from persona_pruner import layout
-from persona_pruner.config import RunConfig
-from persona_pruner.errors import PersonaError, SourceError, UserError
+from persona_pruner.config.schema import RunConfig
+from persona_pruner.errors import PersonaError, SourceError, StorageError, UserError
 from persona_pruner.manifest import Persona, read_manifest
-from persona_pruner.storage import NotFoundError, StorageError, open_storage, read_url
-from persona_pruner.synthesis import records, vllm
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import NotFoundError
+from persona_pruner.storage.open import open_storage, read_url
+from persona_pruner.synthesis import vllm
+from persona_pruner.synthesis.commit import commit
 from persona_pruner.synthesis.rewrite import OpenAiRewriter, Rewriter
+from persona_pruner.synthesis.scoring_worker import open_backbone
 from persona_pruner.synthesis.select import select_questions
 from persona_pruner.synthesis.sensitivity import choose_references
-from persona_pruner.synthesis.shards import open_backbone
-from persona_pruner.synthesis.sources import Question, fold, load_questions
+from persona_pruner.synthesis.sources import Question, load_questions, normalize_whitespace
 
 LEAST_KEPT = 5
 """Questions that a persona's data keep although nobody was asked: those that reveal it least."""
@@ -237,12 +239,10 @@ def answer_and_commit(job: Any, storage: Any, rewriter: Rewriter, selected: _Sel
         answers = rewriter.answers(persona, questions) if questions else []
         scores = [score for _, score in selected.scored]
         least = [(job.questions[i], score) for i, score in selected.least]
-        result["counts"] = records.commit(
-            job.config, storage, persona, questions, scores, answers, rewriter.model, least
-        )
+        result["counts"] = commit(job.config, storage, persona, questions, scores, answers, rewriter.model, least)
         if selected.left_out:
             result["counts"]["prompt_too_long"] = selected.left_out
-        for item in storage.list(layout.stored_answers(persona.id)):
+        for item in storage.list(keys.stored_answers(persona.id)):
             storage.delete(item.key)
     except PersonaError as error:
         result["error"] = (error.cause, str(error))
@@ -266,7 +266,7 @@ def evaluation_questions(config: RunConfig, persona_id: str) -> set[str]:
         except (StorageError, ValueError) as error:
             raise PersonaError("evaluation_questions", f"{where}: not readable: {error}") from None
         found = value.get("questions", []) if isinstance(value, dict) else value
-        return {fold(question) for question in found if isinstance(question, str)}
+        return {normalize_whitespace(question) for question in found if isinstance(question, str)}
     return set()
 
 

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from persona_pruner import layout
-from persona_pruner.backbone.forward import Runner
+from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.backbone.prompts import answer_tokens, persona_prefix, question_suffix
-from persona_pruner.config import RunConfig
+from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import PersonaError, UserError
-from persona_pruner.learning.data import seeded
+from persona_pruner.learning.encoding import seeded
 from persona_pruner.manifest import Persona
-from persona_pruner.storage import Storage
-from persona_pruner.synthesis.records import Answer
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import Storage
+from persona_pruner.synthesis.commit import Answer
 from persona_pruner.synthesis.sources import Question
 
 
@@ -54,7 +54,7 @@ class SelfRewriter:
         self.config = config
         self._backbone = backbone
         self.model = backbone.fingerprint[:16]
-        self._runner = Runner(backbone)
+        self._runner = BackboneRunner(backbone)
         self._model: Any = backbone.model
         self._tokenizer = backbone.tokenizer
         self._end = answer_tokens(backbone.tokenizer, "a")[-1]
@@ -94,8 +94,8 @@ class SelfRewriter:
         """Continue left-padded prompts, which stand behind the prefix whose keys and values are `before`."""
         rows, width, device = len(prompts), max(map(len, prompts)), self._backbone.device
         cache = DynamicCache()
-        for layer, (keys, values) in enumerate(before):
-            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        for layer, (key_states, value_states) in enumerate(before):
+            cache.update(key_states.expand(rows, -1, -1, -1), value_states.expand(rows, -1, -1, -1), layer)
         begin = before[0][0].shape[2] if before else 0
         pads = [width - len(prompt) for prompt in prompts]
         tokens_BT = torch.tensor([[0] * n + p for n, p in zip(pads, prompts, strict=True)], device=device)
@@ -261,7 +261,7 @@ class OpenAiRewriter:
 
     def _stored(self, persona: Persona) -> dict[str, Answer]:
         found = {}
-        for item in self._storage.list(layout.stored_answers(persona.id)):
+        for item in self._storage.list(keys.stored_answers(persona.id)):
             for name, (text, finished) in json.loads(self._storage.get(item.key)).items():
                 found[name] = Answer(text, finished)
         return found
@@ -269,7 +269,7 @@ class OpenAiRewriter:
     def _store(self, persona: Persona, answers: dict[str, Answer]) -> None:
         data = json.dumps({name: (a.text, a.finished) for name, a in answers.items()}, ensure_ascii=False).encode()
         name = hashlib.sha256(data).hexdigest()[:24]
-        self._storage.put(f"{layout.stored_answers(persona.id)}{name}.json", data)
+        self._storage.put(f"{keys.stored_answers(persona.id)}{name}.json", data)
 
 
 def messages(config: RunConfig, persona: Persona, question: Question) -> list[dict[str, str]]:

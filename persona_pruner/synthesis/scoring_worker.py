@@ -10,15 +10,15 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup
 from torch import Tensor
 
 from persona_pruner.backbone.load import World, free_port, load_backbone
-from persona_pruner.config import ActorsConfig, GroupsConfig, RunConfig
+from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import PersonaError, UserError
 from persona_pruner.manifest import Persona
-from persona_pruner.synthesis.records import Answer
+from persona_pruner.scheduling.actor_group import request_placement_group, start_workers, stop_workers
+from persona_pruner.synthesis.commit import Answer
 from persona_pruner.synthesis.rewrite import SelfRewriter
 from persona_pruner.synthesis.sensitivity import Sensitivity
 from persona_pruner.synthesis.sources import Question
@@ -30,39 +30,7 @@ log = logging.getLogger(__name__)
 Scores = list[tuple[Persona, Tensor | PersonaError]]
 
 
-def place(settings: ActorsConfig | GroupsConfig) -> PlacementGroup:
-    """Ask for the resources of a group of `settings.shards` actors, on as few nodes as possible."""
-    bundle = {"CPU": settings.num_cpus} | ({"GPU": settings.num_gpus} if settings.num_gpus else {})
-    return placement_group([bundle] * settings.shards, strategy="PACK")
-
-
-def start_ranks(
-    remote: Any, placement: PlacementGroup, settings: ActorsConfig | GroupsConfig, *arguments: Any
-) -> tuple[list[Any], list[Any]]:
-    """The actors of a group, by rank, and what they answer once their world has formed.
-
-    `remote` has `address()`, asked of rank 0, and `start(rank, size, address)`.
-    """
-    actors = [
-        remote.options(
-            num_cpus=settings.num_cpus,
-            num_gpus=settings.num_gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(placement, index),
-        ).remote(*arguments)
-        for index in range(settings.shards)
-    ]
-    address = actors[0].address.remote()
-    return actors, [actor.start.remote(rank, settings.shards, address) for rank, actor in enumerate(actors)]
-
-
-def remove_ranks(actors: Sequence[Any], placement: PlacementGroup) -> None:
-    """Actors first: calls to actors of a removed placement group hang."""
-    for actor in actors:
-        ray.kill(actor)
-    remove_placement_group(placement)
-
-
-class Shard:
+class ScoringWorker:
     """One rank: scores tiles of personas, and answers where the backbone is the voice (Rewriter)."""
 
     def __init__(self, config: RunConfig, questions: Sequence[str], references: Sequence[Persona]) -> None:
@@ -93,7 +61,7 @@ class Shard:
         return self._rewriter.answers(persona, questions)
 
 
-class ShardGroup:
+class ScoringGroup:
     """Shards as actors of one placement group, called as if they were one. A group that loses an actor is replaced."""
 
     def __init__(self, config: RunConfig, questions: Sequence[str], references: Sequence[Persona]) -> None:
@@ -129,22 +97,24 @@ class ShardGroup:
     def _start(self) -> None:
         """Wait for the resources, however long a cluster takes to grow, and load the backbone."""
         settings = self._config.synthesis.actors
-        self._placement = place(settings)
+        self._placement = request_placement_group(settings)
         ray.get(self._placement.ready())
-        remote = ray.remote(max_restarts=0)(Shard)  # type: ignore[call-overload]
-        self._actors, started = start_ranks(remote, self._placement, settings, *self._arguments)
+        remote = ray.remote(max_restarts=0)(ScoringWorker)  # type: ignore[call-overload]
+        self._actors, started = start_workers(remote, self._placement, settings, *self._arguments)
         ray.get(started, timeout=self._config.groups.timeout_seconds)
 
     def _close(self) -> None:
         if self._placement is not None:
-            remove_ranks(self._actors, self._placement)
+            stop_workers(self._actors, self._placement)
         self._actors = []
 
 
-def open_backbone(config: RunConfig, questions: Sequence[str], references: Sequence[Persona]) -> Shard | ShardGroup:
+def open_backbone(
+    config: RunConfig, questions: Sequence[str], references: Sequence[Persona]
+) -> ScoringWorker | ScoringGroup:
     """The backbone of one worker of the pipeline, loaded. Raises UserError."""
     if config.synthesis.actors.shards > 1:
-        return ShardGroup(config, questions, references)
-    whole = Shard(config, questions, references)
+        return ScoringGroup(config, questions, references)
+    whole = ScoringWorker(config, questions, references)
     whole.start(0, 1, "")
     return whole

@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from persona_pruner.config import SelectConfig
-from persona_pruner.synthesis.sources import Question, fold
+from persona_pruner.config.schema import SelectConfig
+from persona_pruner.synthesis.sources import Question, normalize_whitespace
 
 
 def select_questions(
@@ -38,7 +38,7 @@ def select_questions(
     for i in order:
         if len(taken) == config.k or (floor is not None and scores[i] <= floor):
             break
-        if fold(questions[i].text) in excluded:
+        if normalize_whitespace(questions[i].text) in excluded:
             continue
         if config.diversity is not None:
             own = set(re.findall(r"\w+", questions[i].text.lower()))

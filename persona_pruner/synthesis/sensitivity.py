@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from persona_pruner.backbone.forward import Prefix, Runner, pad_rows
+from persona_pruner.backbone.forward import BackboneRunner, PrefixCache, pad_rows
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.backbone.prompts import persona_prefix, question_suffix
-from persona_pruner.config import RunConfig
+from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import BackboneError, PersonaError
 from persona_pruner.manifest import Persona
 
@@ -40,7 +40,7 @@ class Sensitivity:
         self, backbone: Backbone, config: RunConfig, questions: Sequence[str], references: Sequence[Persona]
     ) -> None:
         self.count = config.synthesis.references.count
-        self.runner = Runner(backbone)
+        self.runner = BackboneRunner(backbone)
         self._tokenizer = backbone.tokenizer
         self._system = config.prompt.system
         self._questions = list(questions)
@@ -134,7 +134,7 @@ class Sensitivity:
         left_out = torch.tensor([not suffix or len(suffix) > room for suffix in prompt.suffixes])
         return scores.masked_fill(left_out | ~self._askable, torch.nan)
 
-    def states(self, tokens_QT: Tensor, lengths_Q: Tensor, prefix: Prefix | None) -> Tensor:
+    def states(self, tokens_QT: Tensor, lengths_Q: Tensor, prefix: PrefixCache | None) -> Tensor:
         """Hidden states [L, Q, D] after each block of the range, at the last token of each right-padded row."""
         kept: list[Tensor] = []
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_pruner.config import SourceConfig, SynthesisConfig
+from persona_pruner.config.schema import SourceConfig, SynthesisConfig
 from persona_pruner.errors import SourceError
-from persona_pruner.storage import NotFoundError, local_copy
+from persona_pruner.storage.base import NotFoundError
+from persona_pruner.storage.open import local_copy
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
 MAX_CHARACTERS = 100_000
@@ -24,13 +25,13 @@ class Question:
     """The source's own answer."""
 
 
-def fold(text: str) -> str:
+def normalize_whitespace(text: str) -> str:
     """White space folded, as questions are compared."""
     return " ".join(text.split())
 
 
 def question_id(text: str) -> str:
-    return hashlib.sha256(fold(text).encode()).hexdigest()[:16]
+    return hashlib.sha256(normalize_whitespace(text).encode()).hexdigest()[:16]
 
 
 def load_questions(config: SynthesisConfig) -> list[Question]:

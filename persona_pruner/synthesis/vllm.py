@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from persona_pruner.config import RunConfig
+from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import SourceError
 from persona_pruner.manifest import Persona
-from persona_pruner.synthesis.records import Answer
+from persona_pruner.synthesis.commit import Answer
 from persona_pruner.synthesis.rewrite import messages
 from persona_pruner.synthesis.sources import Question
 
@@ -23,7 +23,7 @@ def check_vllm() -> None:
         raise SourceError("synthesis.rewrite.backend = vllm: the package vllm is not installed; use openai or self")
 
 
-class Given:
+class PrecomputedAnswers:
     """A rewriter (see `Rewriter`) of answers that are there already."""
 
     def __init__(self, model: str, answers: list[list[Answer]]) -> None:
@@ -75,10 +75,10 @@ def reply(config: RunConfig, row: dict[str, Any]) -> dict[str, Any]:
     return kept | {"text": row["generated_text"].strip(), "finished": finished}
 
 
-def put_together(config: RunConfig, questions: int, rows: Sequence[dict[str, Any]]) -> Given:
+def put_together(config: RunConfig, questions: int, rows: Sequence[dict[str, Any]]) -> PrecomputedAnswers:
     """Answers of one persona in order of its questions; what an engine failed at counts as an empty answer."""
     settings = config.synthesis.rewrite
     found = {(row["place"], row["sample"]): Answer(row.get("text") or "", bool(row.get("finished"))) for row in rows}
     samples = range(settings.samples_per_question)
     answers = [[found.get((place, sample), Answer("", True)) for sample in samples] for place in range(questions)]
-    return Given(settings.model or config.backbone.path, answers)
+    return PrecomputedAnswers(settings.model or config.backbone.path, answers)

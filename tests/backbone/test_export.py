@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 from persona_pruner.backbone.channels import ChannelMasks
 from persona_pruner.backbone.export import export_pruned
 from persona_pruner.backbone.load import fingerprint
-from persona_pruner.config import BackboneConfig
+from persona_pruner.config.schema import BackboneConfig
 from persona_pruner.errors import MaskError
-from persona_pruner.mask import Mask, MaskMetadata
+from persona_pruner.masks.format import Mask, MaskMetadata
 
 BIASED = {"llama": {"mlp_bias": True}}
 

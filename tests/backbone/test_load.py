@@ -5,7 +5,7 @@ from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 from persona_pruner.backbone.load import fingerprint, load_backbone, resolve
-from persona_pruner.config import BackboneConfig
+from persona_pruner.config.schema import BackboneConfig
 from persona_pruner.errors import BackboneError
 
 

@@ -18,9 +18,9 @@ from persona_text import EXAMPLE, Persona, personas, shipped_personas
 
 from persona_pruner import manifest
 from persona_pruner.backbone.load import load_backbone
-from persona_pruner.config import load_config
-from persona_pruner.storage import open_storage
-from persona_pruner.synthesis.records import read_persona_data
+from persona_pruner.config.load import load_config
+from persona_pruner.dataset import read_persona_data
+from persona_pruner.storage.open import open_storage
 
 PAPER = {"cross_entropy": 1.0, "distillation": 0.0}
 SETTINGS: dict[str, dict[str, object]] = {

@@ -18,15 +18,16 @@ from persona_text import Persona, generic, personas
 from torch import Tensor
 
 from persona_pruner.backbone.load import Backbone, load_backbone
-from persona_pruner.config import RunConfig, check_config
-from persona_pruner.evaluation.losses import heldout_loss
-from persona_pruner.learning.data import PersonaData
+from persona_pruner.config.load import check_config
+from persona_pruner.config.schema import RunConfig
+from persona_pruner.dataset import PersonaData
+from persona_pruner.evaluation.likelihood import heldout_loss
 from persona_pruner.learning.estimators import kept_channels, topk_mask
 from persona_pruner.learning.global_mask import train_global
 from persona_pruner.learning.outcome import Outcome
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.learning.training_free import activation, magnitude, random, wanda
-from persona_pruner.mask import Mask
+from persona_pruner.masks.format import Mask
 
 BACKBONE = "../shared/data/backbone"
 PUBLISHED = ("magnitude", "random", "activation generic", "wanda generic")
@@ -93,7 +94,7 @@ def compare(backbone: Backbone, who: list[Persona], ratio: float, steps: int) ->
 def show(ratio: float, table: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     """Print means over the personas; the figures that the issue asks for."""
     means = {method: {text: statistics.mean(v) for text, v in texts.items()} for method, texts in table.items()}
-    print(f"\nratio {ratio}: mean over personas, nats a token\n{'method':<20}{'synthesized':>12}{'real':>9}")
+    print(f"\nratio {ratio}: mean over personas, nats per token\n{'method':<20}{'synthesized':>12}{'real':>9}")
     for method, texts in means.items():
         print(f"{method:<20}{texts['synthesized']:>12.4f}{texts['real']:>9.4f}")
     found: dict[str, float] = {}

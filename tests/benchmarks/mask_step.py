@@ -20,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from persona_pruner.backbone.channels import ChannelMasks
-from persona_pruner.backbone.forward import Runner
+from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone, World
-from persona_pruner.config import ObjectiveConfig
-from persona_pruner.learning.batches import Item
-from persona_pruner.learning.data import EncodedRow
-from persona_pruner.learning.objective import Settings, mask_gradient
+from persona_pruner.config.schema import ObjectiveConfig
+from persona_pruner.learning.batches import TrainingExample
+from persona_pruner.learning.encoding import EncodedRow
+from persona_pruner.learning.objective import MicroBatchConfig, mask_gradient
 
 PAPER = ObjectiveConfig(cross_entropy=1, distillation=0)
 SHAPES = {
@@ -80,11 +80,13 @@ def naive_step(whole: Backbone, mask_LI: Tensor, prefix: list[int], data: list[E
     return mask.grad, loss.item()
 
 
-def our_step(runner: Runner, mask_LI: Tensor, prefix: list[int], data: list[EncodedRow]) -> tuple[Tensor, float]:
+def our_step(
+    runner: BackboneRunner, mask_LI: Tensor, prefix: list[int], data: list[EncodedRow]
+) -> tuple[Tensor, float]:
     tokens = sum(row.answer for row in data)
-    items = [Item(0, ("", number), row, 1 / tokens) for number, row in enumerate(data)]
+    items = [TrainingExample(0, ("", number), row, 1 / tokens) for number, row in enumerate(data)]
     overhead = 1024 if runner.backbone.device.type == "cuda" else 16
-    settings = Settings(PAPER, overhead=overhead)
+    settings = MicroBatchConfig(PAPER, overhead=overhead)
     grad, losses = mask_gradient(runner, mask_LI[None], [prefix], items, settings)
     return grad[0], losses.total.item()
 
@@ -131,7 +133,7 @@ def main() -> None:
         prefix, data = rows(SHAPES[shape]["vocab_size"], persona, count, answer)
         sizes = SHAPES[shape]
         mask = (torch.rand(sizes["num_hidden_layers"], sizes["intermediate_size"]) > 0.5).float().to(options.device)
-        with Runner(whole) as runner:
+        with BackboneRunner(whole) as runner:
             with FlopCounterMode(display=False) as flops:
                 ours, loss = our_step(runner, mask, prefix, data)
             runner.masks.detach()

@@ -15,9 +15,9 @@ import torch
 
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.backbone.prompts import persona_prefix, question_suffix
-from persona_pruner.config import RunConfig
+from persona_pruner.config.schema import RunConfig
+from persona_pruner.dataset import PersonaData, Row
 from persona_pruner.evaluation.table import read_conversations
-from persona_pruner.learning.data import PersonaData, Row
 from persona_pruner.manifest import read_manifest
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

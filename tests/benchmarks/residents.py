@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from persona_pruner.backbone.load import World, load_backbone
-from persona_pruner.config import RunConfig, check_config
-from persona_pruner.learning.data import PersonaData, Row
+from persona_pruner.config.load import check_config
+from persona_pruner.config.schema import RunConfig
+from persona_pruner.dataset import PersonaData, Row
 from persona_pruner.learning.trainer import MaskTrainer
 
 TEXT = "we walk to the old town and talk about bread, boats, games and the weather of last week"
@@ -39,7 +40,7 @@ def personas(count: int, rows: int) -> list[PersonaData]:
 
 
 def measure(path: str, world: World, cases: list[tuple[int, int]], steps: int) -> list[tuple[float, float]]:
-    """Median and spread (largest over smallest) of tokens a second, for each (personas, rows)."""
+    """Median and spread (largest over smallest) of tokens per second, for each (personas, rows)."""
     torch.set_num_threads(1)
     backbone = load_backbone(configuration(path, 2, 1).backbone, world)
     found = []

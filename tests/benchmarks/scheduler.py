@@ -24,10 +24,10 @@ sys.path.append(str(Path(__file__).parents[1] / "learning"))
 
 from tiny_models import save_tiny
 
-from persona_pruner import layout
+from persona_pruner.dataset import SCHEMA
 from persona_pruner.manifest import Persona
-from persona_pruner.storage import open_storage
-from persona_pruner.synthesis.records import SCHEMA
+from persona_pruner.storage import keys
+from persona_pruner.storage.open import open_storage
 
 ROOT = Path(__file__).parents[2]
 ROWS = 12
@@ -59,7 +59,7 @@ def prepare(directory: Path, count: int, config: dict[str, Any]) -> tuple[Path, 
         ]  # fmt: skip
         stream = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, SCHEMA.with_metadata({"persona_sha256": persona.sha256})), stream)
-        storage.put(layout.persona_data(persona.id), stream.getvalue())
+        storage.put(keys.persona_data(persona.id), stream.getvalue())
     manifest, file = directory / "people.jsonl", directory / "run.yaml"
     manifest.write_text("".join(json.dumps({"id": p.id, "description": p.description}) + "\n" for p in people))
     file.write_text(yaml.safe_dump(config))
@@ -94,7 +94,7 @@ def our_job(directory: Path, count: int, config: dict[str, Any]) -> dict[str, fl
     wall = time.monotonic() - began
     if job.wait():
         raise SystemExit((directory / "log").read_text())
-    told = json.loads((output / layout.STATUS).read_text())
+    told = json.loads((output / keys.STATUS).read_text())
     assert told["trials"]["TERMINATED"] == count
     return {
         "personas": count,
@@ -103,7 +103,7 @@ def our_job(directory: Path, count: int, config: dict[str, Any]) -> dict[str, fl
         "share_training": told["utilization"],
         "driver_cpu_share": round(cpu / wall, 3),
         "driver_mb": round(megabytes),
-        "personas_an_hour": round(count / wall * 3600),
+        "personas_per_hour": round(count / wall * 3600),
     }
 
 
@@ -151,17 +151,17 @@ def run_tune(manifest: str, file: str, output: str) -> None:
 
     def trial(choice: dict[str, Any]) -> None:
         from persona_pruner.backbone.load import load_backbone
-        from persona_pruner.config import load_config
+        from persona_pruner.config.load import load_config
+        from persona_pruner.dataset import read_persona_data
         from persona_pruner.learning.trainer import MaskTrainer
-        from persona_pruner.scheduling.shard_actor import commit_mask
-        from persona_pruner.synthesis.records import read_persona_data
+        from persona_pruner.scheduling.training_worker import commit_mask
 
         config, storage = load_config(file), open_storage(output)
         trainer = MaskTrainer(load_backbone(config.backbone), config)
         (outcome,) = trainer.train(
             [read_persona_data(storage, personas[choice["persona"]])],
             run_id="tune",
-            checkpoint=lambda persona_id, state: storage.put(layout.checkpoint(persona_id), state),
+            checkpoint=lambda persona_id, state: storage.put(keys.checkpoint(persona_id), state),
             should_stop=lambda: False,
             progress=lambda progress: None,
         )
@@ -197,7 +197,7 @@ def main() -> None:
             print(runs[-1], flush=True)
         idle = waiting_driver(directory / "idle", config, 5 if options.quick else 30)
         print(f"driver while its groups train: {idle:.1%} of a core", flush=True)
-        ours = our_job(directory / "ours", options.tune, config)["personas_an_hour"]
+        ours = our_job(directory / "ours", options.tune, config)["personas_per_hour"]
         tune_rate = plain_tune(directory / "tune", options.tune, config)
     print(f"{options.tune} personas: {ours} an hour here, {tune_rate:.0f} with one Tune trial each", flush=True)
     summary = {name: runs[-1][name] for name in ("share_training", "driver_mb", "driver_cpu_share")}

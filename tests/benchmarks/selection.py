@@ -19,16 +19,17 @@ from torch import Tensor
 
 from persona_pruner import manifest
 from persona_pruner.backbone.load import Backbone, load_backbone
-from persona_pruner.config import RunConfig, load_config
-from persona_pruner.evaluation.losses import heldout_loss
-from persona_pruner.learning.data import PersonaData
+from persona_pruner.config.load import load_config
+from persona_pruner.config.schema import RunConfig
+from persona_pruner.dataset import PersonaData
+from persona_pruner.evaluation.likelihood import heldout_loss
 from persona_pruner.synthesis.select import select_questions
 from persona_pruner.synthesis.sensitivity import Sensitivity, choose_references
 from persona_pruner.synthesis.sources import Question, load_questions, question_id
 
 
 def loss(backbone: Backbone, who: Persona, asked: list[str], steps: int) -> float:
-    """Held-out loss on real text, nats a token, of a mask trained on sampled answers to `asked`."""
+    """Held-out loss on real text, nats per token, of a mask trained on sampled answers to `asked`."""
     config = configuration(steps=steps)
     rows = sample(backbone, config, who.description, asked, len(asked))
     data = PersonaData(who.id, who.description, tuple(rows), (), "selection")
@@ -85,8 +86,10 @@ def main() -> None:
     mean = statistics.mean(differences)
     spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
     better = sum(d > 0 for d in differences)
-    print(f"selected questions are better by {mean:.4f} nats a token (standard deviation over personas {spread:.4f}), "
-          f"for {better} of {len(differences)}")  # fmt: skip
+    print(
+        f"selected questions are better by {mean:.4f} nats per token "
+        f"(standard deviation over personas {spread:.4f}), for {better} of {len(differences)}"
+    )
     print(json.dumps({"gain": mean, "deviation": spread, "better": better, "personas": len(differences)}))
 
 

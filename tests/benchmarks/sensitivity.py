@@ -19,7 +19,8 @@ from torch import Tensor
 from persona_pruner.backbone.forward import pad_rows
 from persona_pruner.backbone.load import Backbone, load_backbone
 from persona_pruner.backbone.prompts import persona_prefix, question_suffix
-from persona_pruner.config import RunConfig, check_config
+from persona_pruner.config.load import check_config
+from persona_pruner.config.schema import RunConfig
 from persona_pruner.manifest import Persona
 from persona_pruner.synthesis.sensitivity import Sensitivity
 

@@ -26,11 +26,13 @@ from pathlib import Path
 import boto3
 import torch
 
-from persona_pruner import MaskStore, layout
-from persona_pruner.catalog import build_catalog, write_catalog
-from persona_pruner.config import StorageConfig
-from persona_pruner.mask import Mask, MaskMetadata
-from persona_pruner.storage import Storage, open_storage
+from persona_pruner import MaskStore
+from persona_pruner.config.schema import StorageConfig
+from persona_pruner.masks.catalog import build_catalog, write_catalog
+from persona_pruner.masks.format import Mask, MaskMetadata
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import Storage
+from persona_pruner.storage.open import open_storage
 
 SHARED = Path(__file__).parents[3] / "shared" / "s3"
 LAYERS, CHANNELS = 28, 8192
@@ -91,7 +93,7 @@ def measure_masks(storage: Storage, count: int, connections: int) -> dict[str, f
         size += sum(map(len, blobs.values()))
 
         def put(number: int, blobs: dict[int, bytes] = blobs) -> None:
-            storage.put_if_absent(layout.mask(f"p{number:05d}"), blobs[number])
+            storage.put_if_absent(keys.mask(f"p{number:05d}"), blobs[number])
 
         write += seconds(lambda put=put, blobs=blobs: each(connections, put, range(min(blobs), max(blobs) + 1)))
     few = max(count // 10, 1)

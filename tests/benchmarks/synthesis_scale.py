@@ -37,7 +37,7 @@ def measure(count: int, directory: Path) -> None:
     """Print one JSON line: seconds from the first to the last persona, and peak memory of this process."""
     import ray
 
-    from persona_pruner.config import check_config
+    from persona_pruner.config.load import check_config
     from persona_pruner.manifest import read_manifest
     from persona_pruner.synthesis.pipeline import synthesize
 

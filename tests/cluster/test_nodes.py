@@ -76,7 +76,7 @@ def test_one_shard_of_two_killed(undisturbed, tmp_path, cost):
     with cost("SIGKILL of one shard of two", calm=calm_seconds):
         job = runs.start(output, *settings, personas=1)
         runs.wait_for(lambda: runs.checkpoints(output))
-        shards = runs.pids_of(job, "ray::ShardActor")
+        shards = runs.pids_of(job, "ray::TrainingWorker")
         assert len(shards) == 2
         os.kill(shards[1], signal.SIGKILL)
         began = time.monotonic()

@@ -11,7 +11,7 @@ import pytest
 from s3_server import DIRECTORIES, new_bucket
 
 from persona_pruner import MaskStore
-from persona_pruner.storage import open_storage
+from persona_pruner.storage.open import open_storage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

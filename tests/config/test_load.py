@@ -1,6 +1,7 @@
 import pytest
 
-from persona_pruner.config import RunConfig, Section, load_config
+from persona_pruner.config.load import load_config
+from persona_pruner.config.schema import RunConfig, Section
 from persona_pruner.errors import ConfigError
 
 

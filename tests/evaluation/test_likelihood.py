@@ -10,9 +10,9 @@ from tiny_models import persona_data, tiny, tiny_config
 
 from persona_pruner.backbone.channels import ChannelMasks
 from persona_pruner.backbone.prompts import answer_tokens, persona_prefix, question_suffix
+from persona_pruner.dataset import Row
 from persona_pruner.errors import PersonaError
-from persona_pruner.evaluation.losses import heldout_loss
-from persona_pruner.learning.data import Row
+from persona_pruner.evaluation.likelihood import heldout_loss
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -3,11 +3,11 @@ import json
 import pytest
 from rich.console import Console
 
-from persona_pruner.config import check_config
+from persona_pruner.config.load import check_config
+from persona_pruner.dataset import Row
 from persona_pruner.errors import ConfigError
 from persona_pruner.evaluation import table
-from persona_pruner.learning.data import Row
-from persona_pruner.storage import open_storage
+from persona_pruner.storage.open import open_storage
 
 
 def task(persona_id="ada", mask=b"m", answer="Aye."):

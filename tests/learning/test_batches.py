@@ -2,13 +2,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_pruner.learning.batches import Item, plan_passes
-from persona_pruner.learning.data import EncodedRow, batch
+from persona_pruner.learning.batches import TrainingExample, plan_micro_batches
+from persona_pruner.learning.encoding import EncodedRow, batch
 
 
 def made(lengths):
     return [
-        Item(0, ("p", n), EncodedRow(tuple(range(100 * n + 1, 100 * n + 1 + length)), max(length // 2, 1)), 0.1)
+        TrainingExample(
+            0, ("p", n), EncodedRow(tuple(range(100 * n + 1, 100 * n + 1 + length)), max(length // 2, 1)), 0.1
+        )
         for n, length in enumerate(lengths)
     ]
 
@@ -17,7 +19,10 @@ def made(lengths):
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=12), st.integers(1, 3), st.integers(20, 200))
 def test_every_row_runs_once_and_all_ranks_run_the_same_sequence(lengths, ranks, limit):
     items = made(lengths)
-    plans = [plan_passes(items, None, rank=r, ranks=ranks, pass_tokens=limit, logits_chunk=16) for r in range(ranks)]
+    plans = [
+        plan_micro_batches(items, None, rank=r, ranks=ranks, micro_batch_tokens=limit, logits_chunk=16)
+        for r in range(ranks)
+    ]
     counted = [item.key for plan in plans for part in plan for item in part.items if item.weight]
     assert sorted(counted) == [item.key for item in items]
     assert len({tuple((len(part.items), part.chunks) for part in plan) for plan in plans}) == 1
@@ -30,12 +35,12 @@ def test_every_row_runs_once_and_all_ranks_run_the_same_sequence(lengths, ranks,
 
 
 def test_rows_of_like_length_run_together():
-    passes = plan_passes(made([30, 4, 29, 5]), None, overhead=8)
+    passes = plan_micro_batches(made([30, 4, 29, 5]), None, overhead=8)
     assert [sorted(len(item.row.tokens) for item in part.items) for part in passes] == [[29, 30], [4, 5]]
 
 
 def test_a_prefix_that_is_not_shared_stands_before_the_row():
-    (part,) = plan_passes(made([6]), [[7, 8, 9]])
+    (part,) = plan_micro_batches(made([6]), [[7, 8, 9]])
     assert part.tokens_BT.tolist() == [[7, 8, 9, 1, 2, 3, 4, 5, 6]]
     assert part.targets_N.tolist() == [4, 5, 6]
 

@@ -12,13 +12,13 @@ from tiny_models import FAMILIES, SCALED_HEADS, persona_data, tiny, tiny_config
 from torch import Tensor
 
 from persona_pruner.backbone.channels import find_ffns
-from persona_pruner.backbone.forward import Runner
+from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone, load_backbone
-from persona_pruner.config import BackboneConfig, ObjectiveConfig
+from persona_pruner.config.schema import BackboneConfig, ObjectiveConfig
 from persona_pruner.errors import BackboneError
-from persona_pruner.learning.batches import Item
-from persona_pruner.learning.data import Encoded, encode
-from persona_pruner.learning.objective import Settings, Targets, mask_gradient, mask_losses
+from persona_pruner.learning.batches import TrainingExample
+from persona_pruner.learning.encoding import Encoded, encode
+from persona_pruner.learning.objective import MicroBatchConfig, TeacherCache, mask_gradient, mask_losses
 
 BOTH = ObjectiveConfig(cross_entropy=0.7, distillation=0.4)
 PAPER = ObjectiveConfig(cross_entropy=1, distillation=0)
@@ -58,16 +58,16 @@ def naive(
 
 
 def fast(
-    backbone: Backbone, masks_PLI: Tensor, personas: Sequence[Encoded], settings: Settings, **options: bool
+    backbone: Backbone, masks_PLI: Tensor, personas: Sequence[Encoded], settings: MicroBatchConfig, **options: bool
 ) -> tuple[Tensor, Tensor]:
     prefixes = [persona.prefix for persona in personas]
     items = [
-        Item(slot, (persona.persona_id, n), row, 1 / sum(r.answer for r in persona.train))
+        TrainingExample(slot, (persona.persona_id, n), row, 1 / sum(r.answer for r in persona.train))
         for slot, persona in enumerate(personas)
         for n, row in enumerate(persona.train)
     ]
-    with Runner(backbone, **options) as runner:
-        teacher = Targets(settings.objective.top_logits) if settings.objective.distillation else None
+    with BackboneRunner(backbone, **options) as runner:
+        teacher = TeacherCache(settings.objective.top_logits) if settings.objective.distillation else None
         if teacher:
             teacher.collect(runner, prefixes, items, settings)
         grad, losses = mask_gradient(runner, masks_PLI, prefixes, items, settings, teacher)
@@ -98,7 +98,7 @@ def assert_same(fast_pair: tuple[Tensor, Tensor], naive_pair: tuple[Tensor, Tens
 def test_loss_and_gradient_equal_the_plain_formula_in_every_family(tmp_path, family):
     backbone = tiny(tmp_path, family)
     personas, masks = encoded(backbone, ["Ann"]), some_masks(backbone, 1)
-    assert_same(fast(backbone, masks, personas, Settings(BOTH)), naive(backbone, masks, personas, BOTH))
+    assert_same(fast(backbone, masks, personas, MicroBatchConfig(BOTH)), naive(backbone, masks, personas, BOTH))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
@@ -106,36 +106,36 @@ def test_personas_with_prefixes_of_different_lengths_share_a_step(tmp_path, fami
     backbone = tiny(tmp_path, family)
     personas, masks = encoded(backbone, ["Al", "Barbara", "Cyril"]), some_masks(backbone, 3)
     assert len({len(persona.prefix) for persona in personas}) == 3
-    assert_same(fast(backbone, masks, personas, Settings(BOTH)), naive(backbone, masks, personas, BOTH))
+    assert_same(fast(backbone, masks, personas, MicroBatchConfig(BOTH)), naive(backbone, masks, personas, BOTH))
 
 
 @pytest.mark.parametrize("names", [["Ann"], ["Al", "Barbara"]])
 def test_a_sliding_window_shorter_than_the_prompt(tmp_path, names):
     backbone = tiny(tmp_path, "mistral", sliding_window=24)
     personas, masks = encoded(backbone, names), some_masks(backbone, len(names))
-    assert_same(fast(backbone, masks, personas, Settings(BOTH)), naive(backbone, masks, personas, BOTH))
+    assert_same(fast(backbone, masks, personas, MicroBatchConfig(BOTH)), naive(backbone, masks, personas, BOTH))
 
 
 def test_chunks_of_logits_and_small_passes_change_nothing(tmp_path):
     backbone = tiny(tmp_path)
     personas, masks = encoded(backbone, ["Ann"]), some_masks(backbone, 1)
-    small = Settings(BOTH.model_copy(update={"logits_chunk": 7}), pass_tokens=80)
+    small = MicroBatchConfig(BOTH.model_copy(update={"logits_chunk": 7}), micro_batch_tokens=80)
     assert_same(fast(backbone, masks, personas, small), naive(backbone, masks, personas, BOTH))
 
 
 def test_recomputed_layers_give_the_same_gradient(tmp_path):
     backbone = tiny(tmp_path)
     personas, masks = encoded(backbone, ["Ann", "Bob"]), some_masks(backbone, 2)
-    plain = fast(backbone, masks, personas, Settings(BOTH))
-    assert_same(fast(backbone, masks, personas, Settings(BOTH), checkpoint_layers=True), plain, 1e-6)
+    plain = fast(backbone, masks, personas, MicroBatchConfig(BOTH))
+    assert_same(fast(backbone, masks, personas, MicroBatchConfig(BOTH), checkpoint_layers=True), plain, 1e-6)
 
 
 def test_bfloat16_gives_nearly_the_gradient_of_float32(tmp_path):
     exact = tiny(tmp_path)
     coarse = load_backbone(BackboneConfig(path=str(tmp_path), dtype="bfloat16"), deepspeed=False)
     personas, masks = encoded(exact, ["Ann"]), some_masks(exact, 1)
-    loss, grad = fast(coarse, masks, personas, Settings(PAPER))
-    wanted_loss, wanted = fast(exact, masks, personas, Settings(PAPER))
+    loss, grad = fast(coarse, masks, personas, MicroBatchConfig(PAPER))
+    wanted_loss, wanted = fast(exact, masks, personas, MicroBatchConfig(PAPER))
     assert grad.dtype == torch.float32
     assert torch.allclose(loss, wanted_loss, rtol=0.02)
     assert F.cosine_similarity(grad.flatten(), wanted.flatten(), dim=0) > 0.99
@@ -144,28 +144,28 @@ def test_bfloat16_gives_nearly_the_gradient_of_float32(tmp_path):
 @pytest.mark.parametrize("family", [*FAMILIES, *SCALED_HEADS])
 def test_body_and_head_apart_are_the_whole_model(tmp_path, family):
     backbone = tiny(tmp_path, family)
-    with Runner(backbone) as runner:
+    with BackboneRunner(backbone) as runner:
         runner.check_head()
 
 
 def test_a_head_that_does_more_is_refused(tmp_path):
     backbone = tiny(tmp_path)
     backbone.model.lm_head.register_forward_hook(lambda module, inputs, out: out if inputs[0].ndim == 2 else -out)
-    with Runner(backbone) as runner, pytest.raises(BackboneError, match="logits are not its output layer"):
+    with BackboneRunner(backbone) as runner, pytest.raises(BackboneError, match="logits are not its output layer"):
         runner.check_head()
 
 
 def test_cross_entropy_alone_is_the_papers_objective(tmp_path):
     backbone = tiny(tmp_path)
     personas, masks = encoded(backbone, ["Ann"]), some_masks(backbone, 1)
-    assert_same(fast(backbone, masks, personas, Settings(PAPER)), naive(backbone, masks, personas, PAPER))
+    assert_same(fast(backbone, masks, personas, MicroBatchConfig(PAPER)), naive(backbone, masks, personas, PAPER))
 
 
 def test_top_logits_of_the_whole_vocabulary_are_all_logits(tmp_path):
     backbone = tiny(tmp_path)
     personas, masks = encoded(backbone, ["Ann"]), some_masks(backbone, 1)
     top = BOTH.model_copy(update={"top_logits": backbone.model.config.vocab_size - 1})
-    assert_same(fast(backbone, masks, personas, Settings(top)), naive(backbone, masks, personas, BOTH), 1e-4)
+    assert_same(fast(backbone, masks, personas, MicroBatchConfig(top)), naive(backbone, masks, personas, BOTH), 1e-4)
 
 
 def test_top_logits_gradient_is_that_of_the_bucketed_divergence(tmp_path):
@@ -173,8 +173,8 @@ def test_top_logits_gradient_is_that_of_the_bucketed_divergence(tmp_path):
     logq = torch.randn(5, 40, dtype=torch.double, requires_grad=True)
     logp = torch.randn(5, 40, dtype=torch.double).log_softmax(-1)
     best = logp.topk(6)
-    targets = Targets(6)
-    with Runner(backbone) as runner:
+    targets = TeacherCache(6)
+    with BackboneRunner(backbone) as runner:
         goal, divergence = targets.compare(runner, best, slice(0, 5), logq.detach().log_softmax(-1))
     q = logq.log_softmax(-1)
     rest_p, rest_q = 1 - best.values.exp().sum(-1), 1 - q.gather(1, best.indices).exp().sum(-1)

@@ -11,8 +11,8 @@ from test_sensitivity import pairwise
 from tiny_models import persona_data, save_tiny, tiny, tiny_config
 
 from persona_pruner.backbone.load import World, load_backbone
-from persona_pruner.config import check_config
-from persona_pruner.learning.objective import Settings
+from persona_pruner.config.load import check_config
+from persona_pruner.learning.objective import MicroBatchConfig
 from persona_pruner.learning.outcome import Progress
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.manifest import Persona
@@ -35,7 +35,7 @@ def _rank(path: str, rank: int, size: int, port: int, queue: Any, steps: int) ->
 
 
 def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, Any, Any, Any, Any, Any]:
-    from persona_pruner.evaluation.losses import heldout_loss
+    from persona_pruner.evaluation.likelihood import heldout_loss
 
     config = tiny_config(path, steps=steps, rows_per_step=5, keep_scores=True)
     backbone = load_backbone(config.backbone, world)
@@ -58,7 +58,7 @@ def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, A
 def _gradient(backbone: Any) -> tuple[Any, Any]:
     """Losses and gradient of one step, summed over the ranks."""
     masks = some_masks(backbone, len(NAMES))
-    loss_P, grad_PLI = fast(backbone, masks, encoded(backbone, NAMES), Settings(BOTH))
+    loss_P, grad_PLI = fast(backbone, masks, encoded(backbone, NAMES), MicroBatchConfig(BOTH))
     return backbone.all_reduce(loss_P).numpy(), backbone.all_reduce(grad_PLI).numpy()
 
 

@@ -10,8 +10,8 @@ import torch
 from tiny_models import persona_data, save_tiny, tiny, tiny_config
 
 from persona_pruner.backbone.load import load_backbone
+from persona_pruner.dataset import PersonaData, Row
 from persona_pruner.errors import PersonaError
-from persona_pruner.learning.data import PersonaData, Row
 from persona_pruner.learning.outcome import Outcome
 from persona_pruner.learning.trainer import MaskTrainer
 

@@ -3,8 +3,8 @@ import torch
 from tiny_models import persona_data, tiny, tiny_config
 
 from persona_pruner.backbone.channels import find_ffns
-from persona_pruner.evaluation.losses import heldout_loss
-from persona_pruner.learning.data import encode
+from persona_pruner.evaluation.likelihood import heldout_loss
+from persona_pruner.learning.encoding import encode
 from persona_pruner.learning.estimators import topk_mask
 from persona_pruner.learning.training_free import (
     activation,
@@ -12,7 +12,7 @@ from persona_pruner.learning.training_free import (
     contrastive_masks,
     magnitude,
     random,
-    ranks,
+    rank_normalize,
     wanda,
 )
 
@@ -77,4 +77,4 @@ def test_wanda_zeroes_the_ratio_in_each_row_and_gives_the_weights_back(tmp_path)
 
 def test_ranks_keep_the_order_and_fill_the_unit_interval():
     scores = torch.tensor([[3.0, -1.0, 100.0, 3.0]])
-    assert ranks(scores).tolist() == [[0.375, 0.125, 0.875, 0.625]]
+    assert rank_normalize(scores).tolist() == [[0.375, 0.125, 0.875, 0.625]]

@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from persona_pruner.backbone.load import Backbone, load_backbone
-from persona_pruner.config import BackboneConfig, RunConfig, check_config
-from persona_pruner.learning.data import PersonaData, Row
+from persona_pruner.config.load import check_config
+from persona_pruner.config.schema import BackboneConfig, RunConfig
+from persona_pruner.dataset import PersonaData, Row
 
 SPECIAL = ["<pad>", "<bos>", "<head>", "</head>", "<eot>"]
 TEMPLATE = (

@@ -6,21 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from mask_examples import mask
 from safetensors.torch import load, save
 
 from persona_pruner.errors import MaskError
-from persona_pruner.mask import Mask, MaskMetadata, load_keep_indices, metadata_of, read_header
-
-
-def mask(persona_id="ada", layers=3, channels=100, kept=40, seed=0, scores=False):
-    order = torch.rand(layers, channels, generator=torch.Generator().manual_seed(seed)).argsort(1)
-    keep_LI = torch.zeros(layers, channels, dtype=torch.bool).scatter_(1, order[:, :kept], True)
-    metadata = MaskMetadata(
-        persona_id=persona_id, persona_sha256="p", backbone="tiny", backbone_fingerprint="f" * 64, layers=layers,
-        channels=channels, kept=kept, method="ste", ratio=0.6, seed=seed, steps=5, loss_masked=1.25,
-        versions={"torch": "2"}, run_id="r",
-    )  # fmt: skip
-    return Mask(keep_LI, metadata, torch.rand(layers, channels).half() if scores else None)
+from persona_pruner.masks.format import Mask, load_keep_indices, metadata_of, read_header
 
 
 @pytest.mark.parametrize("channels", [1, 8, 100, 8192])
@@ -43,12 +33,12 @@ def test_packing_is_the_documented_one():
 
 
 def test_same_mask_same_bytes_in_another_process():
-    code = "import sys, hashlib; sys.path.insert(0, sys.argv[1]); from test_mask import mask; "
+    code = "import sys, hashlib; sys.path.insert(0, sys.argv[1]); from mask_examples import mask; "
     code += "print(hashlib.sha256(mask().to_bytes()).hexdigest())"
     import hashlib
 
     out = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(Path(__file__).parents[1])], capture_output=True, text=True, check=True
     )
     assert out.stdout.strip() == hashlib.sha256(mask().to_bytes()).hexdigest()
 
@@ -158,7 +148,7 @@ def test_similarity_is_the_jaccard_index():
 def test_header_fits_the_published_schema():
     import jsonschema
 
-    schema = json.loads((Path(__file__).parents[1] / "docs" / "mask-format.schema.json").read_text())
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "mask-format.schema.json").read_text())
     raw = read_header(mask().to_bytes(), "x")
     plain = {"format_version", "keep_sha256"}
     decoded = {name: value if name in plain else json.loads(value) for name, value in raw.items()}

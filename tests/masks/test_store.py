@@ -4,20 +4,22 @@ import os
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_mask import mask
+from mask_examples import mask
 
-from persona_pruner import MaskStore, layout
-from persona_pruner.catalog import build_catalog, read_catalog, write_catalog
+from persona_pruner import MaskStore
 from persona_pruner.errors import ConfigError, Faults, MaskError, StorageError
-from persona_pruner.storage import NotFoundError, open_storage
-from persona_pruner.store import garbage, orphans
+from persona_pruner.masks.catalog import build_catalog, read_catalog, write_catalog
+from persona_pruner.masks.store import garbage, orphans
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import NotFoundError
+from persona_pruner.storage.open import open_storage
 
 
 @pytest.fixture
 def output(tmp_path):
     storage = open_storage(tmp_path / "out")
     for number, name in enumerate(["ada", "bo", "cy"]):
-        storage.put(layout.mask(name), mask(name, seed=number).to_bytes())
+        storage.put(keys.mask(name), mask(name, seed=number).to_bytes())
     return storage
 
 
@@ -32,7 +34,7 @@ def test_load_and_list(output):
 def test_pull_verifies_and_does_not_fetch_again(output, tmp_path):
     store, to = MaskStore(output.url), tmp_path / "to"
     assert [p.fresh for p in store.pull(["ada", "bo"], to)] == [True, True]
-    (to / layout.mask("bo")).write_bytes(b"half")
+    (to / keys.mask("bo")).write_bytes(b"half")
     assert [(p.persona_id, p.fresh) for p in store.pull(store.ids(), to)] == [
         ("ada", False),
         ("bo", True),
@@ -42,7 +44,7 @@ def test_pull_verifies_and_does_not_fetch_again(output, tmp_path):
 
 
 def test_swapped_mask_is_noticed_everywhere(output, tmp_path):
-    output.put(layout.mask("bo"), output.get(layout.mask("ada")))
+    output.put(keys.mask("bo"), output.get(keys.mask("ada")))
     store = MaskStore(output.url)
     for call in (
         lambda: store.load("bo"),
@@ -53,7 +55,7 @@ def test_swapped_mask_is_noticed_everywhere(output, tmp_path):
             call()
     with pytest.raises(Faults, match="masks/bo"):
         store.verify()
-    assert not (tmp_path / "to" / layout.mask("bo")).exists()
+    assert not (tmp_path / "to" / keys.mask("bo")).exists()
 
 
 def test_pull_refuses_ids_that_leave_the_directory(output, tmp_path):
@@ -78,24 +80,24 @@ def test_where_filters_by_metadata(output):
 
 def test_catalog_is_an_index_that_can_be_made_again(output):
     write_catalog(output, build_catalog(output))
-    table = pq.read_table(output.root / layout.CATALOG).to_pandas()
+    table = pq.read_table(output.root / keys.CATALOG).to_pandas()
     assert list(table.persona_id) == ["ada", "bo", "cy"]
     assert list(table.kept) == [40, 40, 40]
-    output.delete(layout.mask("bo"))
+    output.delete(keys.mask("bo"))
     assert build_catalog(output)["persona_id"].to_pylist() == ["ada", "cy"]
-    output.put(layout.CATALOG, b"broken")
+    output.put(keys.CATALOG, b"broken")
     assert read_catalog(output).num_rows == 0
     assert build_catalog(output, fresh=True).num_rows == 2
 
 
 def test_garbage_spares_whoever_has_no_mask(output):
-    output.put(layout.checkpoint("ada"), b"x")
-    output.put(layout.checkpoint("dee"), b"x")
-    output.put(layout.persona_data("bo"), b"x")
-    output.put(layout.error("dee"), json.dumps({}).encode())
-    output.put(layout.mask("cy"), b"broken")
-    output.put(layout.checkpoint("cy"), b"x")
-    assert garbage(output) == [layout.checkpoint("ada"), layout.persona_data("bo")]
+    output.put(keys.checkpoint("ada"), b"x")
+    output.put(keys.checkpoint("dee"), b"x")
+    output.put(keys.persona_data("bo"), b"x")
+    output.put(keys.error("dee"), json.dumps({}).encode())
+    output.put(keys.mask("cy"), b"broken")
+    output.put(keys.checkpoint("cy"), b"x")
+    assert garbage(output) == [keys.checkpoint("ada"), keys.persona_data("bo")]
 
 
 def test_share_needs_an_object_storage(output):
@@ -104,12 +106,12 @@ def test_share_needs_an_object_storage(output):
 
 
 def test_one_bad_mask_does_not_stop_the_pull_of_the_others(output, tmp_path):
-    output.put(layout.mask("ada"), b"broken")
+    output.put(keys.mask("ada"), b"broken")
     pulled = []
     with pytest.raises(MaskError, match=r"masks/ada/mask\.safetensors"):
         pulled.extend(p.persona_id for p in MaskStore(output.url).pull(["ada", "bo", "cy"], tmp_path / "to"))
     assert MaskStore(tmp_path / "to").ids() == ["bo", "cy"]
-    output.put(layout.mask("bo"), b"broken")
+    output.put(keys.mask("bo"), b"broken")
     with pytest.raises(Faults) as caught:
         list(MaskStore(output.url).pull(["ada", "bo"], tmp_path / "again"))
     assert len(caught.value.lines) == 2
@@ -150,7 +152,7 @@ def test_catalog_opens_in_datasets_pandas_and_duckdb(output, tmp_path):
     from datasets import Dataset
 
     write_catalog(output, build_catalog(output))
-    file = output.root / layout.CATALOG
+    file = output.root / keys.CATALOG
     rows = Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
     assert rows["persona_id"][:] == ["ada", "bo", "cy"]
     frame = pandas.read_parquet(file)
@@ -166,9 +168,9 @@ def test_catalog_in_object_storage_opens_as_documented_mock(mock_bucket):
     import pandas
 
     for number, name in enumerate(["ada", "bo", "cy"]):
-        mock_bucket.put(layout.mask(name), mask(name, seed=number).to_bytes())
+        mock_bucket.put(keys.mask(name), mask(name, seed=number).to_bytes())
     write_catalog(mock_bucket, build_catalog(mock_bucket))
-    url = f"{mock_bucket.url}/{layout.CATALOG}"
+    url = f"{mock_bucket.url}/{keys.CATALOG}"
     catalog = pq.read_table(url)
     found = duckdb.sql("select count(*), min(persona_id) from catalog where ratio = 0.6 and seed > 0").fetchall()
     assert found == [(2, "bo")]

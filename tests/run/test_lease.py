@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from persona_pruner import layout
 from persona_pruner.errors import OutputBusyError
-from persona_pruner.scheduling.lease import Lease, holder
-from persona_pruner.storage import open_storage
+from persona_pruner.run.lease import Lease, holder
+from persona_pruner.storage import keys
+from persona_pruner.storage.open import open_storage
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def storage(tmp_path):
 
 
 def change(storage, epoch, **values):
-    claim = json.loads(storage.get(layout.lease(epoch))) | values
-    storage.put(layout.lease(epoch), json.dumps(claim).encode())
+    claim = json.loads(storage.get(keys.lease(epoch))) | values
+    storage.put(keys.lease(epoch), json.dumps(claim).encode())
 
 
 def test_the_second_job_is_told_who_works_there_and_since_when(storage):
@@ -37,7 +37,7 @@ def test_a_lease_given_back_leaves_nothing(storage):
     with Lease(storage, 30):
         assert holder(storage)
     assert holder(storage) is None
-    assert list(storage.list(layout.LEASES)) == []
+    assert list(storage.list(keys.LEASES)) == []
 
 
 def test_one_that_is_no_longer_renewed_is_taken_over_and_its_holder_notices(storage):
@@ -61,20 +61,20 @@ def test_renewal_keeps_the_lease(storage):
 def test_a_job_that_was_killed_on_this_machine_is_taken_over_at_once(storage):
     code = (
         "import os, signal, sys\n"
-        "from persona_pruner.scheduling.lease import Lease\n"
-        "from persona_pruner.storage import open_storage\n"
+        "from persona_pruner.run.lease import Lease\n"
+        "from persona_pruner.storage.open import open_storage\n"
         "Lease(open_storage(sys.argv[1]), 3600)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", code, storage.url], check=False)
-    assert len(list(storage.list(layout.LEASES))) == 1
+    assert len(list(storage.list(keys.LEASES))) == 1
     with Lease(storage, 30):
         assert holder(storage)["pid"] == os.getpid()
 
 
 def test_of_many_contenders_for_a_dead_lease_one_wins(storage):
     storage.put(
-        layout.lease(7),
+        keys.lease(7),
         json.dumps({"owner": "x", "host": "gone", "boot": "", "pid": 1, "job": "", "since": "", "seconds": 1,
                     "renewed": 0}).encode(),
     )  # fmt: skip

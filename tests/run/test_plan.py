@@ -11,14 +11,14 @@ import pytest
 import torch
 from tiny_models import save_tiny, tiny_config
 
-from persona_pruner import layout
-from persona_pruner.catalog import build_catalog, write_catalog
+from persona_pruner.dataset import SCHEMA
 from persona_pruner.errors import ConfigError
 from persona_pruner.manifest import Manifest, Persona
-from persona_pruner.mask import Mask, MaskMetadata
-from persona_pruner.scheduling.plan import check_run, identify, make_plan
-from persona_pruner.storage import open_storage
-from persona_pruner.synthesis.records import SCHEMA
+from persona_pruner.masks.catalog import build_catalog, write_catalog
+from persona_pruner.masks.format import Mask, MaskMetadata
+from persona_pruner.run.plan import check_run, identify, make_plan
+from persona_pruner.storage import keys
+from persona_pruner.storage.open import open_storage
 
 MANY = 10_000
 
@@ -45,13 +45,13 @@ def put_mask(storage, identity, persona, run_id=None):
     )  # fmt: skip
     keep = torch.zeros(3, 64, dtype=torch.bool)
     keep[:, :32] = True
-    storage.put(layout.mask(persona.id), Mask(keep, metadata).to_bytes())
+    storage.put(keys.mask(persona.id), Mask(keep, metadata).to_bytes())
 
 
 def put_data(storage, persona):
     stream = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([], SCHEMA.with_metadata({"persona_sha256": persona.sha256})), stream)
-    storage.put(layout.persona_data(persona.id), stream.getvalue())
+    storage.put(keys.persona_data(persona.id), stream.getvalue())
 
 
 def ids(personas):
@@ -63,8 +63,8 @@ def test_what_is_done_has_data_or_lacks_them(tmp_path, identity):
     people = manifest("a", "b", "c").personas
     put_mask(storage, identity, people[0])
     put_data(storage, people[1])
-    storage.put(layout.error("p1"), b"{}")
-    storage.put(layout.error("p0"), b"{}")
+    storage.put(keys.error("p1"), b"{}")
+    storage.put(keys.error("p0"), b"{}")
     plan = make_plan(Manifest("m", people, ()), storage, identity)
     assert (ids(plan.done), ids(plan.to_train), ids(plan.to_synthesize)) == (["p0"], ["p1"], ["p2"])
     assert plan.failed_before == ("p1",)
@@ -87,15 +87,15 @@ def test_a_mask_of_other_settings_or_with_a_broken_byte_is_made_again(tmp_path, 
     put_mask(storage, identity, people[0], run_id="another")
     for persona in people[1:]:
         put_mask(storage, identity, persona)
-    broken = bytearray(storage.get(layout.mask("p2")))
+    broken = bytearray(storage.get(keys.mask("p2")))
     broken[-1] ^= 1
-    storage.put(layout.mask("p2"), bytes(broken))
+    storage.put(keys.mask("p2"), bytes(broken))
     assert ids(make_plan(Manifest("m", people, ()), storage, identity).done) == ["p1"]
 
 
 def test_other_settings_on_one_output_are_named_with_both_values(tmp_path, identity, backbone):
     storage = open_storage(tmp_path / "out")
-    storage.put(layout.RUN, json.dumps(identity.document()).encode())
+    storage.put(keys.RUN, json.dumps(identity.document()).encode())
     check_run(storage, identity)
     with pytest.raises(ConfigError, match=r"learning\.ratio is 0\.5 there and 0\.25 here"):
         check_run(storage, identify(tiny_config(backbone, ratio=0.25)))
@@ -120,10 +120,10 @@ def test_ten_thousand_masks_are_found_again_in_little_memory(tmp_path, identity)
     file.write_text("".join(json.dumps({"id": p.id, "description": p.description}) + "\n" for p in people))
     code = (
         "import sys\n"
-        "from persona_pruner.config import RunConfig\n"
+        "from persona_pruner.config.schema import RunConfig\n"
         "from persona_pruner.manifest import read_manifest\n"
-        "from persona_pruner.scheduling.plan import identify, make_plan\n"
-        "from persona_pruner.storage import open_storage\n"
+        "from persona_pruner.run.plan import identify, make_plan\n"
+        "from persona_pruner.storage.open import open_storage\n"
         "identity = identify(RunConfig.model_validate_json(sys.argv[3]))\n"
         "plan = make_plan(read_manifest(sys.argv[1]), open_storage(sys.argv[2]), identity)\n"
         "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"

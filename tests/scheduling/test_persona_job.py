@@ -1,14 +1,14 @@
 import pytest
 
-from persona_pruner.config import SchedulerConfig
+from persona_pruner.config.schema import SchedulerConfig
 from persona_pruner.manifest import Persona
-from persona_pruner.scheduling.trial import HOPELESS, MAX_LOSSES, Event, Trial, transition
+from persona_pruner.scheduling.persona_job import HOPELESS, MAX_LOSSES, Event, PersonaJob, transition
 
 SETTINGS = SchedulerConfig(max_failures=2, backoff_seconds=1.0)
 
 
 def after(*events, trial=None, now=100.0):
-    trial = trial or Trial(Persona("ada", "A sailor."))
+    trial = trial or PersonaJob(Persona("ada", "A sailor."))
     for event in events:
         trial = transition(trial, event, SETTINGS, now)
     return trial
@@ -51,7 +51,7 @@ def test_lost_groups_do_not_count_as_failures_but_a_persona_that_kills_its_group
 
 def test_a_trial_that_never_began_is_as_before():
     trial = after(Event("started", group="g1"), Event("returned"))
-    assert trial == Trial(Persona("ada", "A sailor."))
+    assert trial == PersonaJob(Persona("ada", "A sailor."))
 
 
 def test_a_stopped_trial_is_paused_at_its_step():

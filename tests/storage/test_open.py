@@ -11,12 +11,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from s3_server import new_bucket
 
-from persona_pruner import layout
-from persona_pruner.config import StorageConfig
+from persona_pruner.config.schema import StorageConfig
 from persona_pruner.errors import StorageError
 from persona_pruner.manifest import ID
-from persona_pruner.storage import LocalStorage, NotFoundError, check_key, local_copy, open_storage, read_url
-from persona_pruner.storage_s3 import S3Storage
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import NotFoundError, check_key
+from persona_pruner.storage.local import LocalStorage
+from persona_pruner.storage.open import local_copy, open_storage, read_url
+from persona_pruner.storage.s3 import S3Storage
 
 FAST = StorageConfig(deadline_seconds=3.0)
 
@@ -32,7 +34,7 @@ def storage(request, tmp_path, monkeypatch):
 
 
 def test_put_get_list_delete(storage):
-    storage.probe()
+    storage.check_writable()
     assert list(storage.list()) == []
     storage.put("a/b.txt", b"one")
     storage.put("a/b.txt", b"three")
@@ -86,7 +88,7 @@ def test_travels_to_another_process(storage):
 
 
 def test_url_and_copy_of_a_prefix(storage, tmp_path, monkeypatch):
-    monkeypatch.setattr("persona_pruner.storage.PIECE_BYTES", 4)
+    monkeypatch.setattr("persona_pruner.storage.open.PIECE_BYTES", 4)
     storage.put("model/config.json", b"{}")
     storage.put("model/sub/weights", b"in pieces")
     assert read_url(f"{storage.url}/model/config.json") == b"{}"
@@ -113,14 +115,14 @@ def test_no_id_escapes_its_prefix(tmp_path, text):
     """Whatever passes as an id stays below masks/; whatever else is refused as a key or is no id."""
     local, remote = LocalStorage(tmp_path, FAST), S3Storage("bucket", "run", FAST)
     if ID.fullmatch(text):
-        for key in (layout.mask(text), layout.error(text), layout.checkpoint(text), layout.persona_data(text)):
+        for key in (keys.mask(text), keys.error(text), keys.checkpoint(text), keys.persona_data(text)):
             check_key(key)
             assert local._path(key).resolve().is_relative_to(tmp_path.resolve())
             assert remote._name(key).startswith("run/")
             assert ".." not in remote._name(key).split("/")
-            assert layout.persona_of(layout.mask(text), layout.MASKS) == text
-            assert layout.persona_of(layout.error(text), layout.ERRORS) == text
-            assert layout.persona_of(layout.checkpoint(text), layout.CHECKPOINTS) == text
+            assert keys.persona_of(keys.mask(text), keys.MASKS) == text
+            assert keys.persona_of(keys.error(text), keys.ERRORS) == text
+            assert keys.persona_of(keys.checkpoint(text), keys.CHECKPOINTS) == text
     else:
         for part in text.split("/"):
             if part in ("", ".", ".."):
@@ -133,7 +135,7 @@ def test_no_id_escapes_its_prefix(tmp_path, text):
 def test_unwritable_places_are_told(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match="is no directory"):
-        open_storage(tmp_path / "file" / "out").probe()
+        open_storage(tmp_path / "file" / "out").check_writable()
     with pytest.raises(StorageError, match="unknown kind of storage"):
         open_storage("ftp://host/x")
     with pytest.raises(StorageError, match="no bucket"):
@@ -144,7 +146,7 @@ def test_reading_parquet_leaves_no_thread_behind_that_could_abort_the_process_at
     script = """if True:
         import io, os
         import pyarrow as pa, pyarrow.parquet as pq
-        from persona_pruner.storage import read_parquet
+        from persona_pruner.storage.open import read_parquet
         stream = io.BytesIO()
         pq.write_table(pa.table({"id": range(100_000), "description": ["x"] * 100_000}), stream)
         threads = lambda: len(os.listdir("/proc/self/task"))

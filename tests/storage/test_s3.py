@@ -16,17 +16,19 @@ from pathlib import Path
 import boto3
 import http_faults as faults
 import pytest
+from mask_examples import mask
 from s3_server import new_bucket, second_user
-from test_mask import mask
 
-from persona_pruner import MaskStore, layout, storage_s3
-from persona_pruner.config import StorageConfig
+from persona_pruner import MaskStore
+from persona_pruner.config.schema import StorageConfig
 from persona_pruner.errors import MaskError, StorageError
-from persona_pruner.storage import open_storage
-from persona_pruner.storage_s3 import S3Storage
-from persona_pruner.store import orphans
+from persona_pruner.masks.store import orphans
+from persona_pruner.storage import keys
+from persona_pruner.storage import s3 as storage_s3
+from persona_pruner.storage.open import open_storage
+from persona_pruner.storage.s3 import S3Storage
 
-POLICIES = Path(__file__).parents[1] / "cluster" / "policies"
+POLICIES = Path(__file__).parents[2] / "cluster" / "policies"
 FAST = StorageConfig(deadline_seconds=2.0)
 LARGE = 17 * 2**20
 pytestmark = pytest.mark.cluster
@@ -107,7 +109,7 @@ def test_a_server_that_trickles_headers_does_not_outlive_the_deadline_either(ser
 def test_pull_commits_nothing_that_does_not_verify(broken, tmp_path):
     storage, proxy, direct = broken
     for number in range(4):
-        direct.put(layout.mask(f"p{number}"), mask(f"p{number}", seed=number).to_bytes())
+        direct.put(keys.mask(f"p{number}"), mask(f"p{number}", seed=number).to_bytes())
     store = MaskStore(storage.url, FAST)
     proxy.plan(faults.FLIP, method="GET", path="p2/mask")
     with pytest.raises(StorageError, match=r"masks/p2/mask\.safetensors"):
@@ -124,7 +126,7 @@ def test_large_object_that_fails_leaves_no_upload_behind(broken):
     with pytest.raises(StorageError, match="run/large: SlowDown"):
         storage.put("large", bytes(LARGE))
     assert not direct.exists("large")
-    assert direct.abandoned(before=4e9) == []
+    assert direct.incomplete_writes(before=4e9) == []
     proxy.plan(faults.BUSY, times=1, method="PUT", path="partNumber=3")
     storage.put("large", bytes(LARGE))
     assert len(direct.get("large")) == LARGE
@@ -135,9 +137,9 @@ def test_gc_removes_old_unfinished_uploads_only_below_its_prefix(server):
     for key in ("run/dead", "other/dead"):
         storage.client.create_multipart_upload(Bucket=storage.bucket, Key=key)
     assert orphans(storage) == [], "one that began just now may be alive"
-    assert storage.abandoned(before=4e9) == ["dead"]
-    assert storage.abandoned(before=4e9, remove=True) == ["dead"]
-    assert storage.abandoned(before=4e9) == []
+    assert storage.incomplete_writes(before=4e9) == ["dead"]
+    assert storage.incomplete_writes(before=4e9, remove=True) == ["dead"]
+    assert storage.incomplete_writes(before=4e9) == []
     left = storage.client.list_multipart_uploads(Bucket=storage.bucket)["Uploads"]
     assert [upload["Key"] for upload in left] == ["other/dead"]
 
@@ -264,7 +266,7 @@ def test_command_line_says_one_line_and_no_secret(server, tmp_path):
 def test_shared_link_reads_the_mask_without_credentials(server):
     storage = open_storage(f"s3://{new_bucket(server)}/run")
     made = mask("ada").to_bytes()
-    storage.put(layout.mask("ada"), made)
+    storage.put(keys.mask("ada"), made)
     link = MaskStore(storage.url).share("ada", 60)
     assert urllib.request.urlopen(link).read() == made
     with pytest.raises(urllib.error.HTTPError, match="403"):
@@ -291,8 +293,8 @@ def roles(server):
     keys, user = second_user(server)
     bucket = new_bucket(server)
     owner = open_storage(f"s3://{bucket}/team/run")
-    owner.put(layout.mask("ada"), mask("ada").to_bytes())
-    owner.put(layout.checkpoint("bo"), b"x")
+    owner.put(keys.mask("ada"), mask("ada").to_bytes())
+    owner.put(keys.checkpoint("bo"), b"x")
     open_storage(f"s3://{bucket}/elsewhere").put("private", b"x")
 
     def under(name: str) -> S3Storage:
@@ -315,18 +317,18 @@ def denied(call, *arguments):
 
 def test_reader_policy_reads_masks_and_nothing_else(roles):
     storage = roles("reader")
-    storage.reach(layout.MASKS)
-    assert [item.key for item in storage.list(layout.MASKS)] == [layout.mask("ada")]
-    assert storage.get(layout.mask("ada"))
-    denied(storage.get, layout.checkpoint("bo"))
-    denied(storage.put, layout.mask("ada"), b"x")
-    denied(storage.delete, layout.mask("ada"))
-    denied(list, storage.list(layout.CHECKPOINTS))
+    storage.check_readable(keys.MASKS)
+    assert [item.key for item in storage.list(keys.MASKS)] == [keys.mask("ada")]
+    assert storage.get(keys.mask("ada"))
+    denied(storage.get, keys.checkpoint("bo"))
+    denied(storage.put, keys.mask("ada"), b"x")
+    denied(storage.delete, keys.mask("ada"))
+    denied(list, storage.list(keys.CHECKPOINTS))
 
 
 def test_job_policy_works_below_its_prefix_only(roles):
     storage = roles("job")
-    storage.probe()
+    storage.check_writable()
     storage.put("a", b"x")
     assert storage.put_if_absent("b", b"x")
     storage.put("large", bytes(LARGE))
@@ -341,8 +343,8 @@ def test_job_policy_works_below_its_prefix_only(roles):
 def test_admin_policy_cleans_up(roles):
     storage = roles("admin")
     storage.client.create_multipart_upload(Bucket=storage.bucket, Key="team/run/dead")
-    assert storage.abandoned(before=4e9, remove=True) == ["dead"]
-    storage.delete(layout.checkpoint("bo"))
+    assert storage.incomplete_writes(before=4e9, remove=True) == ["dead"]
+    storage.delete(keys.checkpoint("bo"))
     with pytest.raises(storage.client.exceptions.ClientError, match="AccessDenied"):
         storage.client.put_bucket_policy(Bucket=storage.bucket, Policy="{}")
 
@@ -352,6 +354,6 @@ def test_swapped_truncated_and_flipped_objects_are_named(server):
     good = mask("ada").to_bytes()
     store = MaskStore(storage.url)
     for bad in (mask("bo").to_bytes(), good[:-5], good[:-1] + bytes([good[-1] ^ 1])):
-        storage.put(layout.mask("ada"), bad)
+        storage.put(keys.mask("ada"), bad)
         with pytest.raises(MaskError, match=r"run/masks/ada/mask\.safetensors"):
             store.load("ada")

@@ -3,10 +3,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from persona_pruner.config import check_config
+from persona_pruner.config.load import check_config
 from persona_pruner.manifest import Persona
-from persona_pruner.storage import open_storage
-from persona_pruner.synthesis import records
+from persona_pruner.storage.open import open_storage
+from persona_pruner.synthesis.commit import Answer, commit
 from persona_pruner.synthesis.sources import Question, question_id
 
 COMMAND = Path(sys.executable).parent / "persona-pruner"
@@ -15,12 +15,12 @@ COMMAND = Path(sys.executable).parent / "persona-pruner"
 def store(directory):
     texts = [f"Question {n}?" for n in range(12)]
     questions = [Question(question_id(text), text, f"Plain {n}.") for n, text in enumerate(texts)]
-    answers = [[records.Answer(f"Aye, {n} by the tide.", True)] for n in range(12)]
+    answers = [[Answer(f"Aye, {n} by the tide.", True)] for n in range(12)]
     other = Question(question_id("1 + 1?"), "1 + 1?", "2")
     settings = check_config({"backbone": {"path": "x"}})
     scores = [0.9 - n / 100 for n in range(12)]
     people = Persona("ada", "Ada, a pilot")
-    records.commit(settings, open_storage(directory), people, questions, scores, answers, "m", [(other, 0.01)])
+    commit(settings, open_storage(directory), people, questions, scores, answers, "m", [(other, 0.01)])
 
 
 def inspect(directory, *words):

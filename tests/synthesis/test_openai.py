@@ -13,11 +13,11 @@ import http_faults as faults
 import pytest
 from s3_server import free_port
 
-from persona_pruner import layout
-from persona_pruner.config import check_config
+from persona_pruner.config.load import check_config
 from persona_pruner.errors import PersonaError
 from persona_pruner.manifest import Persona
-from persona_pruner.storage import open_storage
+from persona_pruner.storage import keys
+from persona_pruner.storage.open import open_storage
 from persona_pruner.synthesis.rewrite import OpenAiRewriter, RewriteError
 from persona_pruner.synthesis.sources import Question, question_id
 
@@ -117,6 +117,6 @@ def test_the_budget_stops_cleanly_and_keeps_what_was_paid_for(proxy, tmp_path):
     assert caught.value.cause == "token_budget"
     paid = len(proxy.delivered)
     assert 0 < paid < 100
-    assert list(open_storage(tmp_path).list(layout.stored_answers("p0")))
+    assert list(open_storage(tmp_path).list(keys.stored_answers("p0")))
     rewriter(proxy, tmp_path).answers(PERSONAS[0], QUESTIONS)
     assert len(proxy.delivered) == 100

@@ -3,10 +3,10 @@ import json
 import pytest
 import tiny_models
 
-from persona_pruner.config import check_config
+from persona_pruner.config.load import check_config
 from persona_pruner.errors import BackboneError, PersonaError
 from persona_pruner.manifest import Persona
-from persona_pruner.storage import open_storage
+from persona_pruner.storage.open import open_storage
 from persona_pruner.synthesis.pipeline import evaluation_questions, synthesize
 
 

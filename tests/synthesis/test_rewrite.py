@@ -2,12 +2,14 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_models
 
-from persona_pruner import layout
-from persona_pruner.config import check_config
+from persona_pruner.config.load import check_config
+from persona_pruner.dataset import SCHEMA, read_persona_data, split_of
 from persona_pruner.errors import PersonaError
 from persona_pruner.manifest import Persona
-from persona_pruner.storage import open_storage
-from persona_pruner.synthesis import filters, records
+from persona_pruner.storage import keys
+from persona_pruner.storage.open import open_storage
+from persona_pruner.synthesis import filters
+from persona_pruner.synthesis.commit import Answer, commit
 from persona_pruner.synthesis.rewrite import SelfRewriter
 from persona_pruner.synthesis.sources import Question, question_id
 
@@ -65,24 +67,24 @@ def test_an_answer_depends_on_its_question_and_persona_only(tmp_path):
 
 def test_committed_rows_come_back_as_training_data(tmp_path):
     settings, storage = config(), open_storage(tmp_path)
-    answers = [[records.Answer(f"I say {n} by the tide.", True)] for n in range(11)] + [[records.Answer("", True)]]
-    counts = records.commit(settings, storage, ADA, QUESTIONS, [0.5] * 12, answers, "m")
+    answers = [[Answer(f"I say {n} by the tide.", True)] for n in range(11)] + [[Answer("", True)]]
+    counts = commit(settings, storage, ADA, QUESTIONS, [0.5] * 12, answers, "m")
     assert counts == {"empty": 1, "ok": 11}
-    first = storage.get(layout.persona_data("ada"))
-    records.commit(settings, storage, ADA, QUESTIONS, [0.5] * 12, answers, "m")
-    assert storage.get(layout.persona_data("ada")) == first
-    data = records.read_persona_data(storage, ADA)
+    first = storage.get(keys.persona_data("ada"))
+    commit(settings, storage, ADA, QUESTIONS, [0.5] * 12, answers, "m")
+    assert storage.get(keys.persona_data("ada")) == first
+    data = read_persona_data(storage, ADA)
     assert len(data.train) + len(data.heldout) == 11
-    table = pq.read_table(tmp_path / layout.persona_data("ada"))
-    assert table.column_names == records.SCHEMA.names
+    table = pq.read_table(tmp_path / keys.persona_data("ada"))
+    assert table.column_names == SCHEMA.names
     split = dict(zip(table["question_id"].to_pylist(), table["split"].to_pylist(), strict=True))
-    assert split == {q.id: records.split_of(q.id, 0.25) for q in QUESTIONS}
+    assert split == {q.id: split_of(q.id, 0.25) for q in QUESTIONS}
 
 
 def test_too_few_answers_are_the_personas_error_with_counts(tmp_path):
-    answers = [[records.Answer("As an AI I do not roleplay.", True)] for _ in QUESTIONS]
+    answers = [[Answer("As an AI I do not roleplay.", True)] for _ in QUESTIONS]
     with pytest.raises(PersonaError, match=r"0 usable answers.*assistant 12") as caught:
-        records.commit(config(), open_storage(tmp_path), ADA, QUESTIONS, [0.5] * 12, answers, "m")
+        commit(config(), open_storage(tmp_path), ADA, QUESTIONS, [0.5] * 12, answers, "m")
     assert caught.value.cause == "few_answers"
     assert not list(tmp_path.rglob("*.parquet"))
 

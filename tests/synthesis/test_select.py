@@ -1,6 +1,6 @@
 import torch
 
-from persona_pruner.config import SelectConfig
+from persona_pruner.config.schema import SelectConfig
 from persona_pruner.synthesis.select import select_questions
 from persona_pruner.synthesis.sources import Question, question_id
 

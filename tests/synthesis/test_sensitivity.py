@@ -5,7 +5,7 @@ import tiny_models
 import torch
 
 from persona_pruner.backbone.prompts import persona_prefix, question_suffix
-from persona_pruner.config import check_config
+from persona_pruner.config.load import check_config
 from persona_pruner.manifest import Persona
 from persona_pruner.synthesis.select import select_questions
 from persona_pruner.synthesis.sensitivity import Sensitivity, choose_references

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from persona_pruner.config import SynthesisConfig
+from persona_pruner.config.schema import SynthesisConfig
 from persona_pruner.errors import SourceError
 from persona_pruner.synthesis.sources import load_questions, question_id
 

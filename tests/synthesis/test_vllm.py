@@ -6,10 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_models
 
-from persona_pruner import layout
-from persona_pruner.config import check_config
+from persona_pruner.config.load import check_config
 from persona_pruner.errors import SourceError
 from persona_pruner.manifest import Persona
+from persona_pruner.storage import keys
 from persona_pruner.synthesis import pipeline, vllm
 
 PEOPLE = [Persona(f"p{n}", f"number {n}, a baker") for n in range(3)] + [Persona("endless", "A talker. " * 400)]
@@ -66,7 +66,7 @@ def test_answers_of_mock_engines_are_put_together_by_persona(tmp_path, monkeypat
     assert results.pop("endless").error[0] == "prompt_too_long"
     assert {result.error for result in results.values()} == {None}
     for persona in PEOPLE[:3]:
-        table = pq.read_table(tmp_path / "out" / layout.persona_data(persona.id)).to_pylist()
+        table = pq.read_table(tmp_path / "out" / keys.persona_data(persona.id)).to_pylist()
         rows = [row for row in table if row["filter"] != "not_selected"]
         assert len(rows) == 20
         for row in rows:

@@ -1,0 +1,92 @@
+"""The rows that a mask learns from: one Parquet file per persona with what it was asked, what it answered, why that
+question, and what it is used for."""
+
+import hashlib
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from persona_pruner.errors import PersonaError
+from persona_pruner.manifest import Persona
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import NotFoundError, Storage
+from persona_pruner.storage.open import read_parquet
+
+
+@dataclass(frozen=True)
+class Row:
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class PersonaData:
+    """What one persona learns from. `sha256` is the digest of its rows (hex)."""
+
+    persona_id: str
+    description: str
+    train: tuple[Row, ...]
+    heldout: tuple[Row, ...]
+    sha256: str
+
+
+SCHEMA = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("question", pa.string()),
+        ("original_answer", pa.string()),
+        ("answer", pa.string()),
+        ("score", pa.float32()),
+        ("backend", pa.string()),
+        ("model", pa.string()),
+        ("filter", pa.string()),
+        ("split", pa.string()),
+        ("sample", pa.int32()),
+    ]
+)
+NOT_SELECTED = "not_selected"
+"""Value of the column `filter` of a question that was scored and neither selected nor answered."""
+
+
+def split_of(question_id: str, heldout_fraction: float) -> str:
+    """heldout or train, decided by the question's hash alone."""
+    return "heldout" if int(question_id[:8], 16) < heldout_fraction * 2**32 else "train"
+
+
+def read_table(storage: Storage, persona_id: str) -> pa.Table:
+    """The stored rows. Raises PersonaError (no_data, bad_data)."""
+    key = keys.persona_data(persona_id)
+    try:
+        table = read_parquet(storage.get(key))
+        return table.select(SCHEMA.names).cast(SCHEMA.with_metadata(table.schema.metadata))
+    except NotFoundError:
+        raise PersonaError("no_data", f"{storage.url}/{key}: not there; synthesize first") from None
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise PersonaError("bad_data", f"{storage.url}/{key}: not usable: {str(error).splitlines()[0]}") from None
+
+
+def is_current(storage: Storage, persona: Persona) -> bool:
+    """Whether the stored data are of this description."""
+    try:
+        metadata = read_table(storage, persona.id).schema.metadata or {}
+    except PersonaError:
+        return False
+    return metadata.get(b"persona_sha256", b"").decode() == persona.sha256
+
+
+def read_persona_data(storage: Storage, persona: Persona) -> PersonaData:
+    """Usable rows by split. Raises PersonaError (no_data, bad_data, empty)."""
+    table = read_table(storage, persona.id)
+    parts: dict[str, list[Row]] = {"train": [], "heldout": []}
+    digest = hashlib.sha256()
+    for row in table.to_pylist():
+        if row["filter"] == "ok" and row["split"] in parts:
+            if not row["question"] or not row["answer"]:
+                raise PersonaError("bad_data", f"{keys.persona_data(persona.id)}: a row has no question or no answer")
+            parts[row["split"]].append(Row(row["question"], row["answer"]))
+            digest.update(f"{row['split']}\0{row['question']}\0{row['answer']}\n".encode())
+    if not parts["train"]:
+        raise PersonaError("empty", f"{keys.persona_data(persona.id)}: holds no usable row to train on")
+    return PersonaData(
+        persona.id, persona.description, tuple(parts["train"]), tuple(parts["heldout"]), digest.hexdigest()
+    )
