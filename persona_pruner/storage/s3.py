@@ -276,7 +276,7 @@ class S3Storage:
 
     def incomplete_writes(self, before: float, remove: bool = False) -> Sequence[str]:
         def call(client: Any) -> Sequence[str]:
-            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, PrefixCache=self.prefix)
+            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=self.prefix)
             found = [u for page in pages for u in page.get("Uploads", ()) if u["Initiated"].timestamp() < before]
             for upload in found if remove else ():
                 with contextlib.suppress(client.exceptions.NoSuchUpload):

@@ -31,4 +31,4 @@ def test_plan_with_model_questions_personas_and_output_in_a_bucket_of_a_mocked_s
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["to_synthesize"] == 24
-    assert client.list_objects_v2(Bucket="my-bucket", PrefixCache="run")["KeyCount"] == 0
+    assert client.list_objects_v2(Bucket="my-bucket", Prefix="run")["KeyCount"] == 0
