@@ -12,11 +12,11 @@ READY := .venv/ready
 export RAY_AUTH_MODE ?= disabled
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
 
-.PHONY: help quickstart test lint faults bench clean
+.PHONY: help quickstart smollm2 test lint faults bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show these targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,12 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY) ## Masks for the shipped example; PERSONAS=24 takes all
 	$(BIN)/python jobs/prune_personas.py manifests/quickstart/personas.jsonl \
 	  --config manifests/quickstart/run.yaml --output $(OUTPUT) --limit $(PERSONAS)
+
+smollm2: OUTPUT = runs/smollm2
+smollm2: $(READY) ## Masks on a real chat model (SmolLM2-135M, downloaded once); PERSONAS=2 takes half an hour on two cores
+	$(BIN)/python manifests/smollm2/get_backbone.py
+	$(BIN)/python jobs/prune_personas.py manifests/smollm2/personas.jsonl \
+	  --config manifests/smollm2/run.yaml --output $(OUTPUT) --limit $(PERSONAS)
 
 test: lint ## Linters, types and tests
 	$(BIN)/python -m pytest -q
