@@ -1,19 +1,29 @@
-"""The `persona-pruner` command."""
+"""The `persona-pruner` command: each command calls one function of the package and prints what it gives."""
 
+import json
 import sys
 
 from rich.console import Console
 
+from persona_pruner.cli import masks, runs, settings
 from persona_pruner.cli.app import app
 from persona_pruner.errors import UserError
 
+__all__ = ["app", "main", "masks", "runs", "settings"]
+
 
 def main() -> None:
-    """Run a command; a user's fault becomes its lines on stderr and its exit status, never a traceback."""
+    """Run a command; a user's fault becomes its lines on stderr and its exit status, never a traceback.
+
+    With --json the fault is one JSON object on stderr: `error` and `exit_status`.
+    """
     try:
-        app()
+        app(prog_name="persona-pruner")
     except UserError as error:
-        Console(stderr=True).print(str(error), markup=False, highlight=False, style="red", soft_wrap=True)
+        if "--json" in sys.argv:
+            print(json.dumps({"error": str(error), "exit_status": error.exit_code}), file=sys.stderr)
+        else:
+            Console(stderr=True).print(str(error), markup=False, highlight=False, style="red", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

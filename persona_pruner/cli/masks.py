@@ -1,0 +1,150 @@
+"""Commands for whoever deploys masks."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from persona_pruner.cli.app import JsonOption, OutputArgument, PersonaIdOption, PersonaOption, app, say, show
+from persona_pruner.errors import UserError
+
+catalog_app = typer.Typer(help="The index of all masks, catalog.parquet.", no_args_is_help=True)
+app.add_typer(catalog_app, name="catalog")
+
+
+class PullFormat(StrEnum):
+    mask = "mask"
+    indices = "keep-indices"
+
+
+@app.command()
+def pull(
+    output: OutputArgument,
+    to: Annotated[Path, typer.Option(help="Directory to write to.")],
+    persona: PersonaOption = [],  # noqa: B006
+    where: Annotated[list[str], typer.Option(help="Only masks with, e.g., ratio==0.5; may be given again.")] = [],  # noqa: B006
+    all_: Annotated[bool, typer.Option("--all", help="Every mask.")] = False,
+    form: Annotated[PullFormat, typer.Option("--format", help="Mask objects, or index files (.pt).")] = PullFormat.mask,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy masks out of a run, each verified. What is there and verifies is not fetched again."""
+    from persona_pruner.masks.store import MaskStore
+
+    if sum(map(bool, (persona, where, all_))) != 1:
+        raise UserError("say which masks: --persona ID (again for more), --where CONDITION, or --all")
+    store = MaskStore(output)
+    ids = persona or (store.where(where) if where else store.ids())
+    pulled = [(p.persona_id, str(p.path), p.fresh) for p in store.pull(ids, to, indices=form is PullFormat.indices)]
+    if as_json:
+        print(json.dumps([{"persona_id": i, "path": path, "fresh": fresh} for i, path, fresh in pulled], indent=1))
+        return
+    fresh = sum(entry[2] for entry in pulled)
+    say(f"{fresh} masks pulled and verified, {len(pulled) - fresh} were there already: {to}")
+
+
+@app.command()
+def verify(output: OutputArgument, as_json: JsonOption = False) -> None:
+    """Read every mask of a run, or of a directory that was pulled, and check it bit by bit."""
+    from persona_pruner.masks.store import MaskStore
+
+    count = MaskStore(output).verify()
+    if not count:
+        raise UserError(f"{output}: holds no mask (masks/<id>/mask.safetensors)")
+    show({"verified": count, "output": output}, True) if as_json else say(f"{output}: {count} masks, all verify")
+
+
+@app.command()
+def export(
+    mask: Annotated[str, typer.Argument(help="A mask.safetensors: a file or s3:// object.")],
+    backbone: Annotated[str, typer.Option(help="The backbone that it was made for.")],
+    to: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a smaller Hugging Face checkpoint with only the kept channels, and compare it with the masked backbone."""
+    from persona_pruner.backbone.export import export_pruned
+    from persona_pruner.config.load import check_config
+    from persona_pruner.masks.format import Mask
+    from persona_pruner.storage.open import read_url
+
+    settings = check_config({"backbone": {"path": backbone, "dtype": dtype}}, "--backbone/--dtype")
+    figures = export_pruned(Mask.from_bytes(read_url(mask), mask), settings.backbone, to)
+    show({"checkpoint": str(to)} | figures, as_json)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Index file of the published code: int64 [layers, kept], .pt.")],
+    output: Annotated[str, typer.Option(help="Where the mask goes: a directory or s3://bucket/prefix.")],
+    persona: PersonaIdOption,
+    backbone: Annotated[str, typer.Option(help="The model that the indices were made for.")],
+    description: Annotated[str, typer.Option(help="The persona's description.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Store an index file as the mask of a persona."""
+    from persona_pruner.backbone.channels import find_ffns
+    from persona_pruner.backbone.load import load_backbone
+    from persona_pruner.config.schema import BackboneConfig
+    from persona_pruner.manifest import ID
+    from persona_pruner.masks.store import MaskStore
+
+    if not ID.fullmatch(persona):
+        raise UserError(f"--persona {persona!r}: ids are letters, digits, '.', '_', '-', at most 128 of them")
+    model = load_backbone(BackboneConfig(path=backbone), deepspeed=False)
+    ffns = find_ffns(model.model)
+    mask = MaskStore(output).import_indices(
+        file, persona, channels=ffns[0].channels, description=description, backbone=model.name,
+        backbone_fingerprint=model.fingerprint, layers=len(ffns),
+    )  # fmt: skip
+    show({"persona": persona, "kept": mask.metadata.kept, "layers": mask.metadata.layers}, as_json)
+
+
+@catalog_app.command("rebuild")
+def catalog_rebuild(output: OutputArgument, as_json: JsonOption = False) -> None:
+    """Make catalog.parquet again from the masks themselves."""
+    from persona_pruner.masks.catalog import build_catalog, write_catalog
+    from persona_pruner.masks.store import MaskStore
+    from persona_pruner.storage import keys
+
+    storage = MaskStore(output).storage
+    table = build_catalog(storage, fresh=True)
+    write_catalog(storage, table)
+    show({"masks": table.num_rows, "catalog": f"{storage.url}/{keys.CATALOG}"}, as_json)
+
+
+@app.command()
+def gc(
+    output: OutputArgument,
+    dry_run: Annotated[bool, typer.Option(help="Only list what would be removed.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """List or remove what no run needs any more: checkpoints, stored answers and data of personas that have a mask, and
+    uploads that were never finished."""
+    from persona_pruner.masks.store import MaskStore, garbage, orphans
+
+    storage = MaskStore(output).storage
+    keys = garbage(storage)
+    if not dry_run:
+        for key in keys:
+            storage.delete(key)
+    keys += orphans(storage, remove=not dry_run)
+    if as_json:
+        show({"keys": keys, "removed": not dry_run}, True)
+        return
+    for key in keys:
+        say(key)
+    say(f"{len(keys)} objects {'would be removed; say --no-dry-run to do it' if dry_run else 'removed'}")
+
+
+@app.command()
+def share(
+    output: OutputArgument,
+    persona: PersonaIdOption,
+    seconds: Annotated[int, typer.Option(min=1, max=604800, help="How long the link works.")] = 3600,
+) -> None:
+    """Print a link that reads one mask without credentials."""
+    from persona_pruner.masks.store import MaskStore
+
+    print(MaskStore(output).share(persona, seconds))

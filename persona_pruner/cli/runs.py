@@ -1,0 +1,160 @@
+"""Commands about a run: what it would do, starting it, where it is, what it asked."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from persona_pruner.cli.app import (
+    ConfigOption,
+    JsonOption,
+    ManifestArgument,
+    OutputArgument,
+    OutputOption,
+    PersonaIdOption,
+    SetOption,
+    app,
+    console,
+    say,
+    show,
+)  # fmt: skip
+
+
+@app.command()
+def validate(manifest: ManifestArgument, as_json: JsonOption = False) -> None:
+    """Check a manifest: every fault with its row, in one go. Reads only."""
+    from persona_pruner.manifest import read_manifest
+
+    found = read_manifest(manifest)
+    if as_json:
+        show({"manifest": manifest, "personas": len(found.personas), "warnings": list(found.warnings)}, True)
+        return
+    for warning in found.warnings:
+        say(f"warning: {warning}")
+    say(f"{manifest}: {len(found.personas)} personas, no faults")
+
+
+@app.command()
+def plan(
+    manifest: ManifestArgument,
+    config: ConfigOption,
+    output: OutputOption,
+    set_: SetOption = [],  # noqa: B006
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a submission would do: done, to do, tokens, FLOP and storage. Starts and writes nothing."""
+    from persona_pruner.config.load import load_config
+    from persona_pruner.manifest import read_manifest
+    from persona_pruner.run.plan import check_run, identify, make_plan
+    from persona_pruner.storage import keys
+    from persona_pruner.storage.open import open_storage
+
+    settings = load_config(config, set_)
+    personas = read_manifest(manifest)
+    storage = open_storage(output, settings.storage)
+    storage.check_readable(keys.MASKS)
+    identity = identify(settings)
+    check_run(storage, identity)
+    found = make_plan(personas, storage, identity).summary()
+    if not as_json:
+        found |= {"flop": f"about {found['flop']:.2e}", "bytes": f"about {found['bytes']:,} for the masks"}
+        found |= {"tokens": f"about {found['tokens']:,}"}
+    show({"run_id": identity.run_id, "personas": len(personas.personas)} | found, as_json)
+
+
+@app.command()
+def submit(
+    manifest: ManifestArgument,
+    config: ConfigOption,
+    output: OutputOption,
+    address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS")] = "http://127.0.0.1:8265",
+    working_dir: Annotated[str, typer.Option(help="Directory that is shipped to the cluster.")] = ".",
+    set_: SetOption = [],  # noqa: B006
+    env: Annotated[list[str], typer.Option(help="Pass this variable of your environment to the job.")] = [],  # noqa: B006
+    wait: Annotated[bool, typer.Option(help="Follow the log to the end.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Submit the main job to a Ray cluster and follow its log. Exits with the job's own exit status."""
+    from persona_pruner.run.submit import submit_job
+
+    overrides = [word for value in set_ for word in ("--set", value)]
+    command = ["python", "jobs/prune_personas.py", manifest, "--config", config, "--output", output, *overrides]
+    raise typer.Exit(submit_job(command, address, working_dir, env, wait, print_json=as_json))
+
+
+@app.command()
+def status(output: OutputArgument, as_json: JsonOption = False) -> None:
+    """Where a run is: running, stopped, dead or done; trials by state; what failed and why."""
+    from persona_pruner.run.progress import read_status
+    from persona_pruner.storage import keys
+    from persona_pruner.storage.open import AT_START, open_storage
+
+    storage = open_storage(output, AT_START)
+    storage.check_readable(keys.ERRORS)
+    found = read_status(storage)
+    found["errors"] = [json.loads(storage.get(item.key)) for item in storage.list(keys.ERRORS)]
+    if as_json:
+        show(found, True)
+        return
+    claim = found["holder"]
+    say(f"{output}: {found['state']}, run {found['run_id']}, last word {found['updated']}")
+    if claim:
+        say(f"working: host {claim['host']}, pid {claim['pid']}, since {claim['since']}")
+    states = ", ".join(f"{count} {name}" for name, count in found["trials"].items() if count)
+    say(f"personas: {found['personas']}, masked before {found['done_before']}, this job: {states or 'nothing'}")
+    say(f"groups: {found['groups']['busy']} busy of {found['groups']['up']}, lost {found['groups_lost']}")
+    say(f"{found['personas_per_hour']} personas per hour, {found['tokens_per_second']} tokens per second")
+    if found["eta_seconds"] is not None and found["state"] == "running":
+        say(f"about {found['eta_seconds']} s left")
+    for error in found["errors"]:
+        say(f"failed {error['persona_id']} ({error['cause']}, {error['attempts']} attempts): {error['message']}")
+
+
+@app.command()
+def inspect(
+    output: OutputArgument,
+    persona: PersonaIdOption,
+    count: Annotated[int, typer.Option(min=1, help="Questions and answers to show.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Which questions reveal a persona most and least, and how it answers them."""
+    from persona_pruner.storage import keys
+    from persona_pruner.storage.open import open_storage
+    from persona_pruner.synthesis.inspect import inspect_persona, render
+
+    storage = open_storage(output)
+    storage.check_readable(keys.SYNTHESIS)
+    found = inspect_persona(storage, persona, count)
+    if as_json:
+        show(found, True)
+    else:
+        console.print(render(found))
+
+
+@app.command("list")
+def list_(output: OutputArgument, as_json: JsonOption = False) -> None:
+    """Every persona of a run: how far it is, its held-out losses, and the size of its mask."""
+    import dataclasses
+
+    from rich.table import Table
+
+    from persona_pruner.run.listing import list_personas
+    from persona_pruner.storage import keys
+    from persona_pruner.storage.open import AT_START, open_storage
+
+    storage = open_storage(output, AT_START)
+    storage.check_readable(keys.MASKS)
+    listings = list_personas(storage)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(listing) for listing in listings], indent=1))
+        return
+    if not listings:
+        say(f"{output}: no persona has left anything here")
+        return
+    table = Table("persona", "state", box=None)
+    for name in ("ratio", "unpruned", "masked", "bytes"):
+        table.add_column(name, justify="right")
+    for one in listings:
+        losses = ("" if loss is None else f"{loss:.3f}" for loss in (one.unpruned_loss, one.masked_loss))
+        table.add_row(one.persona_id, one.state, str(one.ratio or ""), *losses, str(one.bytes or ""))
+    console.print(table, markup=False)
