@@ -58,6 +58,7 @@ def finish(
     metadata = MaskMetadata(
         persona_id=data.persona_id,
         persona_sha256=hashlib.sha256(data.description.encode()).hexdigest(),
+        persona_description=data.description,
         backbone=backbone.name,
         backbone_fingerprint=backbone.fingerprint,
         layers=keep_LI.shape[0],

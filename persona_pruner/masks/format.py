@@ -26,6 +26,8 @@ class MaskMetadata:
     persona_id: str
     persona_sha256: str
     """Of the description, UTF-8."""
+    persona_description: str = ""
+    """The description itself, so that whoever serves the mask can put the persona in front of a conversation."""
     backbone: str
     backbone_fingerprint: str
     layers: int

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from persona_pruner.config.schema import StorageConfig
@@ -74,20 +75,7 @@ class MaskStore:
 
     def where(self, conditions: Sequence[str]) -> list[str]:
         """Ids of the masks whose metadata meet all conditions such as `ratio==0.5`. Raises ConfigError."""
-        table = build_catalog(self.storage, self.config.connections)
-        for text in conditions:
-            match = _CONDITION.fullmatch(text)
-            if not match or match[1] not in table.column_names:
-                names = ", ".join(name for name in table.column_names if name != "keep")
-                raise ConfigError(f"--where {text!r}: write column==value with a column out of {names}")
-            column = table[match[1]]
-            value: Any = match[3].strip("'\"")
-            try:
-                if column.type not in ("string",):
-                    value = float(value)
-                table = table.filter(_COMPARE[match[2]](column, value))
-            except (ValueError, TypeError):
-                raise ConfigError(f"--where {text!r}: {match[3]!r} does not fit column {match[1]}") from None
+        table = select(build_catalog(self.storage, self.config.connections), conditions)
         return list(table["persona_id"].to_pylist())
 
     def pull(self, persona_ids: Iterable[str], to: Path, *, indices: bool = False) -> Iterator[Pulled]:
@@ -190,6 +178,24 @@ class MaskStore:
         if not self.storage.put_if_absent(keys.mask(persona_id), mask.to_bytes()):
             raise MaskError(f"{self.storage.url}/{keys.mask(persona_id)}: another mask is there; remove it first")
         return mask
+
+
+def select(table: pa.Table, conditions: Sequence[str]) -> pa.Table:
+    """The rows of a catalog that meet all conditions. Raises ConfigError."""
+    for text in conditions:
+        match = _CONDITION.fullmatch(text)
+        if not match or match[1] not in table.column_names:
+            names = ", ".join(name for name in table.column_names if name != "keep")
+            raise ConfigError(f"--where {text!r}: write column==value with a column out of {names}")
+        column = table[match[1]]
+        value: Any = match[3].strip("'\"")
+        try:
+            if column.type not in ("string",):
+                value = float(value)
+            table = table.filter(_COMPARE[match[2]](column, value))
+        except (ValueError, TypeError):
+            raise ConfigError(f"--where {text!r}: {match[3]!r} does not fit column {match[1]}") from None
+    return table
 
 
 def garbage(storage: Storage) -> list[str]:

@@ -1,0 +1,45 @@
+"""The operator that applies one mask per token to the channels of an FFN: bits in, hidden states changed in place.
+
+Registered with torch, so that torch.compile and CUDA graphs see one opaque call on static buffers.
+Shapes: T tokens, I channels (of this rank), S slots, N bytes (ceil(I / 8)).
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("persona_pruner", "DEF")
+_LIBRARY.define("mask_channels(Tensor(a!) hidden_TI, Tensor bits_SN, Tensor slot_T) -> ()")
+
+
+def mask_channels_reference(hidden_TI: Tensor, bits_SN: Tensor, slot_T: Tensor) -> Tensor:
+    """The plain formula, as a new tensor. slot_T is int; bits_SN uint8, where bit j of byte i is channel 8i+j."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits_SN.device)
+    keep_SI = ((bits_SN[:, :, None] >> shifts) & 1).flatten(1)[:, : hidden_TI.shape[1]]
+    return hidden_TI * keep_SI[slot_T.long()].to(hidden_TI.dtype)
+
+
+def _mask_channels(hidden_TI: Tensor, bits_SN: Tensor, slot_T: Tensor) -> None:
+    bits_TN = bits_SN.index_select(0, slot_T)
+    keep_TI = torch.nn.functional.embedding(bits_TN.int(), _bytes_to_factors(hidden_TI.device, hidden_TI.dtype))
+    hidden_TI.mul_(keep_TI.flatten(1)[:, : hidden_TI.shape[1]])
+
+
+def _mask_channels_cpu(hidden_TI: Tensor, bits_SN: Tensor, slot_T: Tensor) -> None:
+    if slot_T.any():  # An unpruned batch pays nothing; on a GPU the question would cost a synchronization.
+        _mask_channels(hidden_TI, bits_SN, slot_T)
+
+
+@lru_cache(maxsize=8)
+def _bytes_to_factors(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[256, 8]: the eight bits of every byte as factors 0 and 1; one gather unpacks a byte."""
+    values = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device)
+    return (values & 1).to(dtype)
+
+
+_LIBRARY.impl("mask_channels", _mask_channels_cpu, "CPU")
+_LIBRARY.impl("mask_channels", _mask_channels, "CUDA")
+torch.library.register_fake("persona_pruner::mask_channels", lambda hidden_TI, bits_SN, slot_T: None, lib=_LIBRARY)
+
+mask_channels = torch.ops.persona_pruner.mask_channels

@@ -1,0 +1,124 @@
+"""Masks resident beside the backbone: packed bits in slots, and for each token of a step the slot that it uses.
+
+Slot 0 keeps every channel. A slot is named by the digest of its mask, never by the persona: a retrained persona gets
+another slot while requests under way finish with the old one. Shapes: L layers of this rank, S slots, T tokens,
+I channels (of the rank), N bytes (ceil(I / 8)).
+"""
+
+import base64
+import binascii
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from persona_pruner.errors import MaskError
+
+DIGEST, BITS = "persona_mask", "persona_bits"
+"""Keys of a request's extra arguments: sha256 (hex) of the packed bits, and the bits of all layers in base64."""
+
+
+@dataclass(frozen=True)
+class RequestMask:
+    """The mask that a request brings with it. It travels with the request, so that no worker reads storage."""
+
+    digest: str
+    bits: str
+
+    @classmethod
+    def of(cls, packed: bytes) -> "RequestMask":
+        return cls(hashlib.sha256(packed).hexdigest(), base64.b64encode(packed).decode())
+
+    @classmethod
+    def find(cls, extra_args: dict[str, Any] | None) -> "RequestMask | None":
+        """The mask among a request's extra arguments, unchecked."""
+        digest, bits = (extra_args or {}).get(DIGEST), (extra_args or {}).get(BITS)
+        return None if digest is None and bits is None else cls(str(digest), str(bits))
+
+    def extra_args(self) -> dict[str, str]:
+        return {DIGEST: self.digest, BITS: self.bits}
+
+    def check(self, layers: int, channels: int) -> None:
+        """Raise MaskError unless the bits are whole and of this backbone: a worker trusts what has passed here."""
+        try:
+            packed = base64.b64decode(self.bits, validate=True)
+        except (binascii.Error, ValueError):
+            raise MaskError(f"{BITS}: not base64") from None
+        if len(packed) != layers * -(-channels // 8):
+            raise MaskError(f"{BITS}: {len(packed)} bytes; {layers} layers of {channels} channels are "
+                            f"{layers * -(-channels // 8)}")  # fmt: skip
+        if hashlib.sha256(packed).hexdigest() != self.digest:
+            raise MaskError(f"{BITS}: do not match the digest {self.digest[:16]}")
+
+    def keep(self, layers: int, channels: int) -> np.ndarray:
+        """bool [layers, channels]."""
+        packed = np.frombuffer(base64.b64decode(self.bits), np.uint8).reshape(layers, -1)
+        return np.unpackbits(packed, axis=1, count=channels, bitorder="little").astype(bool)
+
+
+class MaskTable:
+    """`bits_LSN` and `slot_T` are static buffers that the operator reads; everything else lives on the host."""
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        total_layers: int,
+        channels: int,
+        *,
+        slots: int,
+        tokens: int,
+        rank: int = 0,
+        ranks: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """layers: indices of the backbone's layers that live here; channels: of the whole backbone. With tensor
+        parallelism rank r holds the r-th of `ranks` equal parts of the channels."""
+        self.layers, self.total_layers, self.channels = list(layers), total_layers, channels
+        width = channels // ranks
+        self._columns = slice(rank * width, (rank + 1) * width)
+        self.bits_LSN = torch.zeros(len(layers), slots + 1, -(-width // 8), dtype=torch.uint8, device=device)
+        self.bits_LSN[:, 0] = 255
+        self.slot_T = torch.zeros(tokens, dtype=torch.int32, device=device)
+        self._slots: OrderedDict[str, int] = OrderedDict()
+        self._free = list(range(slots, 0, -1))
+        self.loads = self.evictions = 0
+
+    def assign(self, masks: Sequence[RequestMask | None], starts: np.ndarray) -> None:
+        """Set the slots of a step: request r, under masks[r], has tokens starts[r] to starts[r + 1]."""
+        in_use = {mask.digest for mask in masks if mask}
+        slots = np.array([self._slot(mask, in_use) if mask else 0 for mask in masks], np.int32)
+        slot_T = np.zeros(len(self.slot_T), np.int32)  # What pads a step to a captured size uses slot 0.
+        slot_T[: starts[-1]] = np.repeat(slots, np.diff(starts))
+        self.slot_T.copy_(torch.from_numpy(slot_T))
+
+    def stats(self) -> dict[str, int]:
+        return {
+            "slots": self.bits_LSN.shape[1] - 1,
+            "slots_used": len(self._slots),
+            "bytes": self.bits_LSN.numel(),
+            "loads": self.loads,
+            "evictions": self.evictions,
+        }
+
+    def _slot(self, mask: RequestMask, in_use: set[str]) -> int:
+        slot = self._slots.get(mask.digest)
+        if slot is None:
+            slot = self._slots[mask.digest] = self._free.pop() if self._free else self._evict(in_use)
+            self._load(slot, mask)
+        self._slots.move_to_end(mask.digest)
+        return slot
+
+    def _evict(self, in_use: set[str]) -> int:
+        """The slot whose mask was not used for the longest time. There is one: slots are at least a step's requests."""
+        self.evictions += 1
+        return self._slots.pop(next(digest for digest in self._slots if digest not in in_use))
+
+    def _load(self, slot: int, mask: RequestMask) -> None:
+        self.loads += 1
+        keep_LI = mask.keep(self.total_layers, self.channels)[self.layers, self._columns]
+        packed_LN = np.packbits(keep_LI, axis=1, bitorder="little")
+        self.bits_LSN[:, slot].copy_(torch.from_numpy(packed_LN))
