@@ -15,7 +15,7 @@ from persona_pruner.learning.encoding import batch, encode
 from persona_pruner.learning.init_scores import initial_scores
 from persona_pruner.learning.mask_candidate import MaskCandidate
 from persona_pruner.learning.objective import TeacherCache, mask_gradient
-from persona_pruner.learning.outcome import finish
+from persona_pruner.learning.outcome import StopReason, finish
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.learning.training_free import items_of
 from persona_pruner.masks.format import Mask
@@ -56,4 +56,4 @@ def train_global(trainer: MaskTrainer, data: Sequence[PersonaData], ratio: float
             grad_LI = trainer.backbone.all_reduce(grad_PLI.sum(0))
             trial.update(torch.autograd.grad(mask_LI, leaf_LI, grad_LI)[0])
     whole = PersonaData(NAME, "", (), (), sha256)
-    return finish(trainer.backbone, learning, whole, trial, None, "steps", run_id).mask
+    return finish(trainer.backbone, learning, whole, trial, None, StopReason.STEPS, run_id).mask

@@ -1,21 +1,22 @@
-"""What a trainer tells about a persona: on the way, and at the end."""
+"""What becomes of a persona's training: one typed result, from the trainer through the worker to the scheduler."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib.metadata import version
-from typing import Literal
 
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.schema import LearningConfig
 from persona_pruner.dataset import PersonaData
+from persona_pruner.errors import PersonaError
 from persona_pruner.learning.mask_candidate import MaskCandidate
 from persona_pruner.masks.format import Mask, MaskMetadata
 
 
 @dataclass(frozen=True)
 class Progress:
-    """After a step. `loss` is the training loss, `heldout_loss` the last one measured, both nats per token."""
+    """After a step. `loss` is the training loss, `heldout_loss` the last one measured, both in nats per token."""
 
     persona_id: str
     step: int
@@ -25,36 +26,66 @@ class Progress:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """`mask` on rank 0 and for "done" only. `reason` is what ended the training."""
+class TrainingStatus(StrEnum):
+    DONE = "done"
+    PAUSED = "paused"
+    """Stopped from outside, after a checkpoint."""
+    FAILED = "failed"
+
+
+class StopReason(StrEnum):
+    """What ended a training."""
+
+    STEPS = "steps"
+    SECONDS = "seconds"
+    PLATEAU = "plateau"
+    STABLE = "stable"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """Result of one persona. `mask` is set on rank 0 and for DONE only, `cause` and `message` for FAILED only."""
 
     persona_id: str
-    status: Literal["done", "paused"]
-    mask: Mask | None
-    steps: int
-    seconds: float
-    tokens: int
-    reason: str
+    status: TrainingStatus
+    step: int = 0
+    heldout_loss: float | None = None
+    """Of the mask, nats per token."""
+    seconds: float = 0.0
+    tokens: int = 0
+    reason: StopReason | None = None
+    mask: Mask | None = None
+    cause: str = ""
+    message: str = ""
+    busy_seconds: float = 0.0
+    """Time for which its group was busy with it: the call's time, shared evenly among the personas of the call."""
 
     @classmethod
-    def paused(cls, trials: Sequence[MaskCandidate]) -> "Outcome":
-        first = trials[0]
-        seconds, tokens = sum(t.seconds for t in trials), sum(t.tokens for t in trials)
-        return cls(first.persona_id, "paused", None, first.step, seconds, tokens, "stopped")
+    def failed(cls, persona_id: str, error: PersonaError) -> "TrainingResult":
+        return cls(persona_id=persona_id, status=TrainingStatus.FAILED, cause=error.cause, message=str(error))
+
+    @classmethod
+    def paused(cls, candidates: Sequence[MaskCandidate]) -> "TrainingResult":
+        return cls(
+            persona_id=candidates[0].persona_id,
+            status=TrainingStatus.PAUSED,
+            step=candidates[0].step,
+            seconds=sum(candidate.seconds for candidate in candidates),
+            tokens=sum(candidate.tokens for candidate in candidates),
+        )
 
 
 def finish(
     backbone: Backbone,
     config: LearningConfig,
     data: PersonaData,
-    trial: MaskCandidate,
-    dense: float | None,
-    reason: str,
+    candidate: MaskCandidate,
+    unpruned_loss: float | None,
+    reason: StopReason,
     run_id: str,
-) -> Outcome:
-    """The outcome of a finished trial. The mask holds nothing that differs between two runs of the same thing."""
-    keep_LI = trial.mask().cpu()
+) -> TrainingResult:
+    """The result of a finished candidate. The mask holds nothing that differs between two runs of the same thing."""
+    keep_LI = candidate.mask().cpu()
     metadata = MaskMetadata(
         persona_id=data.persona_id,
         persona_sha256=hashlib.sha256(data.description.encode()).hexdigest(),
@@ -63,17 +94,25 @@ def finish(
         backbone_fingerprint=backbone.fingerprint,
         layers=keep_LI.shape[0],
         channels=keep_LI.shape[1],
-        kept=trial.kept,
+        kept=candidate.kept,
         method=config.estimator,
-        ratio=trial.ratio,
+        ratio=candidate.ratio,
         seed=config.seed,
-        steps=trial.step,
-        loss_dense=dense,
-        loss_masked=trial.heldout,
+        steps=candidate.step,
+        loss_dense=unpruned_loss,
+        loss_masked=candidate.heldout,
         data_sha256=data.sha256,
         versions={name: version(name) for name in ("persona-pruner", "torch", "transformers")},
         run_id=run_id,
     )
-    scores_LI = trial.learned().cpu().half() if config.keep_scores else None
-    mask = Mask(keep_LI, metadata, scores_LI) if backbone.world.rank == 0 else None
-    return Outcome(data.persona_id, "done", mask, trial.step, trial.seconds, trial.tokens, reason)
+    scores_LI = candidate.learned().cpu().half() if config.keep_scores else None
+    return TrainingResult(
+        persona_id=data.persona_id,
+        status=TrainingStatus.DONE,
+        step=candidate.step,
+        heldout_loss=candidate.heldout,
+        seconds=candidate.seconds,
+        tokens=candidate.tokens,
+        reason=reason,
+        mask=Mask(keep_LI, metadata, scores_LI) if backbone.world.rank == 0 else None,
+    )

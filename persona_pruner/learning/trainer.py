@@ -26,10 +26,8 @@ from persona_pruner.learning.encoding import Encoded, EncodedRow, batch, encode
 from persona_pruner.learning.init_scores import initial_scores
 from persona_pruner.learning.mask_candidate import MaskCandidate
 from persona_pruner.learning.objective import MicroBatchConfig, TeacherCache, mask_gradient, mask_losses
-from persona_pruner.learning.outcome import Outcome, Progress, finish
+from persona_pruner.learning.outcome import Progress, StopReason, TrainingResult, finish
 from persona_pruner.learning.training_free import items_of
-
-Result = Outcome | tuple[str, PersonaError]
 
 
 @dataclass
@@ -65,22 +63,22 @@ class MaskTrainer:
         should_stop: Callable[[], bool] = lambda: False,
         progress: Callable[[Progress], None] = lambda progress: None,
         warm_scores: Mapping[str, Tensor] | None = None,
-    ) -> list[Result]:
+    ) -> list[TrainingResult]:
         """Train all of `data` together; one result for each, in order.
 
         Every rank of the group calls this with the same arguments; rank 0 alone calls `checkpoint` and `progress`,
-        and only its `should_stop` counts. A fault of one persona is returned with its id and leaves the others alone.
+        and only its `should_stop` counts. A fault of one persona is its result (FAILED) and leaves the others alone.
         Paused personas were checkpointed first; `restore` goes on from there exactly.
         """
         torch.set_num_threads(self.config.groups.cpu_threads)
-        results: dict[str, Result] = {}
+        results: dict[str, TrainingResult] = {}
         live: list[_Persona] = []
         with BackboneRunner(self.backbone, checkpoint_layers=self.learning.gradient_checkpointing) as runner:
             for each in data:
                 try:
                     live.append(self._begin(runner, each, restore or {}, (warm_scores or {}).get(each.persona_id)))
                 except PersonaError as error:
-                    results[each.persona_id] = (each.persona_id, error)
+                    results[each.persona_id] = TrainingResult.failed(each.persona_id, error)
             while live := [persona for persona in live if persona.data.persona_id not in results]:
                 stop, overdue = self._step(runner, live, should_stop, progress, results)
                 for persona, late in zip(live, overdue, strict=True):
@@ -116,7 +114,7 @@ class MaskTrainer:
         live: Sequence[_Persona],
         should_stop: Callable[[], bool],
         progress: Callable[[Progress], None],
-        results: dict[str, Result],
+        results: dict[str, TrainingResult],
     ) -> tuple[bool, list[bool]]:
         """One step of every live persona. Returns what rank 0 decided: whether to stop, and whose time is up."""
         before = time.monotonic()
@@ -142,7 +140,7 @@ class MaskTrainer:
             except PersonaError as error:
                 persona.trials.remove(trial)
                 if not persona.trials:
-                    results[persona.data.persona_id] = (persona.data.persona_id, error)
+                    results[persona.data.persona_id] = TrainingResult.failed(persona.data.persona_id, error)
                 continue
             trial.seconds += seconds
             trial.tokens += sum(len(i.row.tokens) for i in items if i.slot == slot) + len(prefixes[slot])
@@ -175,7 +173,7 @@ class MaskTrainer:
         checkpoint: Callable[[str, bytes], None],
         progress: Callable[[Progress], None],
         run_id: str,
-    ) -> Outcome | None:
+    ) -> TrainingResult | None:
         """Evaluate, select and checkpoint where it is time to; the outcome once the persona is through."""
         reason = self._evaluate(runner, persona, late)
         if len(persona.trials) > 1 and halving.is_rung(self.learning, persona.trials[0].step, len(persona.trials)):
@@ -185,18 +183,18 @@ class MaskTrainer:
         if reason:
             persona.trials = halving.better_half(persona.trials, persona.dense, self.learning.ratio_tolerance, keep=1)
             trial = persona.trials[0]
-            if reason == "seconds" or not self._next_ratio(trial, persona.dense):
+            if reason is StopReason.SECONDS or not self._next_ratio(trial, persona.dense):
                 return finish(self.backbone, self.learning, persona.data, trial, persona.dense, reason, run_id)
         if stop or self._checkpoint_due(persona):
             if self.backbone.world.rank == 0:
                 checkpoint(persona.data.persona_id, trials.to_bytes(persona.trials, persona.data.sha256))
             persona.saved_step, persona.saved_time = persona.trials[0].step, time.monotonic()
-        return Outcome.paused(persona.trials) if stop else None
+        return TrainingResult.paused(persona.trials) if stop else None
 
-    def _evaluate(self, runner: BackboneRunner, persona: _Persona, late: bool) -> str | None:
+    def _evaluate(self, runner: BackboneRunner, persona: _Persona, late: bool) -> StopReason | None:
         """Held-out losses where they are due; the reason to end this persona's training, if there is one."""
         step = persona.trials[0].step
-        ended = "steps" if step >= self.learning.steps else "seconds" if late else None
+        ended = StopReason.STEPS if step >= self.learning.steps else StopReason.SECONDS if late else None
         if not (ended or step % self.learning.evaluate_every == 0):
             return None
         reasons = []
@@ -204,7 +202,8 @@ class MaskTrainer:
             mask_LI = trial.mask()
             trial.heldout = self._heldout(runner, persona.encoded, mask_LI)
             reasons.append(None if trial.heldout is None else trial.stopper.see(trial.heldout, mask_LI))
-        return ended or (reasons[0] if len(reasons) == 1 else None)
+        found = reasons[0] if len(reasons) == 1 else None
+        return ended or (StopReason(found) if found else None)
 
     def _next_ratio(self, trial: MaskCandidate, dense: float | None) -> bool:
         """For the ratio `auto`: whether the trial goes on with a larger ratio. Else it holds its final scores."""

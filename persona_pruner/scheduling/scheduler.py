@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import StorageError
-from persona_pruner.learning.outcome import Progress
+from persona_pruner.learning.outcome import Progress, TrainingResult, TrainingStatus
 from persona_pruner.manifest import Persona
 from persona_pruner.scheduling.group_pool import GroupCall, GroupPool, PoolEvent
 from persona_pruner.scheduling.persona_job import Event, PersonaJob, transition
@@ -133,8 +133,8 @@ class Scheduler:
     def _take_answer(self, event: PoolEvent, ticket: GroupCall) -> None:
         if event.kind == "result":
             for result in event.value:
-                self.busy_seconds += result["busy_seconds"]
-                self._change(result["id"], _event_of(result))
+                self.busy_seconds += result.busy_seconds
+                self._change(result.persona_id, _event_of(result))
             return
         for persona_id in ticket.what:
             if event.kind == "dropped":
@@ -235,13 +235,13 @@ def run_all(pool: GroupPool, method: str, payloads: Sequence[Any], should_stop: 
                 raise event.value or StorageError(event.message)
 
 
-def _event_of(result: dict[str, Any]) -> Event:
-    if result["status"] == "failed":
-        return Event("failed", cause=result["cause"], message=result["message"])
+def _event_of(result: TrainingResult) -> Event:
+    if result.status is TrainingStatus.FAILED:
+        return Event("failed", cause=result.cause, message=result.message)
     return Event(
-        result["status"],
-        step=result["step"],
-        heldout_loss=result["heldout_loss"],
-        seconds=result["seconds"],
-        tokens=result["tokens"],
+        "paused" if result.status is TrainingStatus.PAUSED else "done",
+        step=result.step,
+        heldout_loss=result.heldout_loss,
+        seconds=result.seconds,
+        tokens=result.tokens,
     )

@@ -1,6 +1,7 @@
 """One shard of the backbone in a Ray actor, and what its group does with it: train, commit, evaluate."""
 
 import contextlib
+import dataclasses
 import os
 import socket
 import threading
@@ -17,7 +18,7 @@ from persona_pruner.dataset import PersonaData, read_persona_data
 from persona_pruner.errors import MaskError, PersonaError, StorageError
 from persona_pruner.evaluation import table
 from persona_pruner.learning.global_mask import train_global
-from persona_pruner.learning.outcome import Progress
+from persona_pruner.learning.outcome import Progress, TrainingResult
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.manifest import Persona
 from persona_pruner.masks.format import Mask
@@ -48,15 +49,15 @@ class TrainingWorker:
         self.trainer = MaskTrainer(self.backbone, self.config)
         return {"pid": os.getpid(), "node": socket.gethostname(), "device": str(self.backbone.device)}
 
-    def train(self, personas: Sequence[Persona]) -> list[dict[str, Any]]:
-        """Train personas together and commit their masks. One plain result for each, in order."""
+    def train(self, personas: Sequence[Persona]) -> list[TrainingResult]:
+        """Train personas together and commit their masks. One result for each, in order, without the mask."""
         began = time.monotonic()
         results = self._results(personas)
         busy = (time.monotonic() - began) / len(personas)
-        return [result | {"busy_seconds": busy} for result in results]
+        return [dataclasses.replace(result, busy_seconds=busy) for result in results]
 
-    def _results(self, personas: Sequence[Persona]) -> list[dict[str, Any]]:
-        results: dict[str, dict[str, Any]] = {}
+    def _results(self, personas: Sequence[Persona]) -> list[TrainingResult]:
+        results: dict[str, TrainingResult] = {}
         data: list[PersonaData] = []
         restore: dict[str, bytes] = {}
         for persona in personas:
@@ -65,18 +66,18 @@ class TrainingWorker:
                 data.append(fetched or read_persona_data(self.storage, persona))
                 restore |= self._checkpoint_of(persona)
             except PersonaError as error:
-                results[persona.id] = _failure(persona.id, error)
+                results[persona.id] = TrainingResult.failed(persona.id, error)
         try:
             outcomes = self._train(data, restore)
         except StorageError as error:
             if self.config.groups.shards > 1:
                 raise  # the other ranks wait for this one: only a new group helps
             failure = PersonaError("storage", str(error))
-            return [results.get(p.id) or _failure(p.id, failure) for p in personas]
+            return [results.get(p.id) or TrainingResult.failed(p.id, failure) for p in personas]
         return [results.get(p.id) or outcomes[p.id] for p in personas]
 
-    def _train(self, data: Sequence[PersonaData], restore: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-        results: dict[str, dict[str, Any]] = {}
+    def _train(self, data: Sequence[PersonaData], restore: Mapping[str, bytes]) -> dict[str, TrainingResult]:
+        results: dict[str, TrainingResult] = {}
         outcomes = self.trainer.train(
             data,
             run_id=self.run_id,
@@ -86,22 +87,11 @@ class TrainingWorker:
             progress=self._note,
             warm_scores=self._warm_scores([each.persona_id for each in data]),
         )
-        for persona, outcome in zip(data, outcomes, strict=True):
-            self._progress.pop(persona.persona_id, None)
-            if isinstance(outcome, tuple):
-                results[persona.persona_id] = _failure(*outcome)
-                continue
-            if outcome.mask is not None:
-                commit_mask(self.storage, outcome.mask)
-            results[persona.persona_id] = {
-                "id": persona.persona_id,
-                "status": outcome.status,
-                "step": outcome.steps,
-                "seconds": outcome.seconds,
-                "tokens": outcome.tokens,
-                "reason": outcome.reason,
-                "heldout_loss": outcome.mask.metadata.loss_masked if outcome.mask else None,
-            }
+        for result in outcomes:
+            self._progress.pop(result.persona_id, None)
+            if result.mask is not None:
+                commit_mask(self.storage, result.mask)
+            results[result.persona_id] = dataclasses.replace(result, mask=None)
         return results
 
     def train_global(self, request: tuple[Sequence[Persona], float]) -> bytes | None:
@@ -155,10 +145,6 @@ class TrainingWorker:
 
 
 RemoteTrainingWorker: Any = ray.remote(concurrency_groups={"control": 2}, max_restarts=0)(TrainingWorker)  # type: ignore[call-overload]
-
-
-def _failure(persona_id: str, error: PersonaError) -> dict[str, Any]:
-    return {"id": persona_id, "status": "failed", "cause": error.cause, "message": str(error)}
 
 
 def commit_mask(storage: Storage, mask: Mask) -> None:

@@ -24,7 +24,7 @@ from persona_pruner.dataset import PersonaData
 from persona_pruner.evaluation.likelihood import heldout_loss
 from persona_pruner.learning.estimators import kept_channels, topk_mask
 from persona_pruner.learning.global_mask import train_global
-from persona_pruner.learning.outcome import Outcome
+from persona_pruner.learning.outcome import TrainingStatus
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.learning.training_free import activation, magnitude, random, wanda
 from persona_pruner.masks.format import Mask
@@ -40,7 +40,7 @@ def configuration(**learning: object) -> RunConfig:
 
 def train(backbone: Backbone, data: PersonaData, **learning: object) -> Mask:
     (outcome,) = MaskTrainer(backbone, configuration(**learning)).train([data], run_id="benchmark")
-    assert isinstance(outcome, Outcome), outcome
+    assert outcome.status is TrainingStatus.DONE, outcome.message
     assert outcome.mask is not None
     return outcome.mask
 

@@ -11,8 +11,7 @@ from tiny_models import persona_data, save_tiny, tiny, tiny_config
 
 from persona_pruner.backbone.load import load_backbone
 from persona_pruner.dataset import PersonaData, Row
-from persona_pruner.errors import PersonaError
-from persona_pruner.learning.outcome import Outcome
+from persona_pruner.learning.outcome import StopReason, TrainingStatus
 from persona_pruner.learning.trainer import MaskTrainer
 
 
@@ -47,7 +46,7 @@ def test_training_lowers_the_loss_and_fills_the_mask_in(tmp_path):
     data = persona_data("Ann")
     (outcome,), _ = learn(backbone, [data], progress=seen.append, learning={"steps": 60, "init": "zeros"})
     assert outcome.status == "done"
-    assert outcome.reason == "steps"
+    assert outcome.reason is StopReason.STEPS
     assert outcome.mask.keep_LI.sum(1).tolist() == [32, 32, 32]
     metadata = outcome.mask.metadata
     assert (metadata.persona_id, metadata.kept, metadata.steps, metadata.run_id) == ("Ann", 32, 60, "run")
@@ -64,7 +63,7 @@ def test_a_restored_run_ends_bit_identical_to_an_uninterrupted_one(tmp_path, est
     backbone, learning = tiny(tmp_path), {"steps": 50, "estimator": estimator}
     (whole,), _ = learn(backbone, [persona_data("Ann")], learning=learning)
     (paused,), kept = learn(backbone, [persona_data("Ann")], learning=learning, should_stop=Stop(23))
-    assert (paused.status, paused.steps, paused.mask) == ("paused", 23, None)
+    assert (paused.status, paused.step, paused.mask) == ("paused", 23, None)
     torch.manual_seed(99)
     (resumed,), _ = learn(backbone, [persona_data("Ann")], learning=learning, restore=kept)
     assert resumed.mask.to_bytes() == whole.mask.to_bytes()
@@ -109,9 +108,7 @@ def test_together_is_alone_and_a_poisoned_persona_harms_nobody(tmp_path):
     poison = {name: scores if name != "Doe" else scores * float("nan") for name, scores in alone.items()}
     results, _ = learn(backbone, data, warm_scores=poison, learning={"init": "mean:a,b", "steps": 20})
     bad = results[3]
-    assert bad[0] == "Doe"
-    assert isinstance(bad[1], PersonaError)
-    assert bad[1].cause == "not_finite"
+    assert (bad.persona_id, bad.status, bad.cause) == ("Doe", "failed", "not_finite")
     healthy, _ = learn(backbone, data[:3], warm_scores=alone, learning={"init": "mean:a,b", "steps": 20})
     for one, other in zip(results[:3], healthy, strict=True):
         assert torch.equal(one.mask.keep_LI, other.mask.keep_LI)
@@ -135,7 +132,7 @@ def test_a_loss_that_is_not_finite_in_the_middle_stops_one_persona_only(tmp_path
         results, _ = learn(backbone, [persona_data("Ann"), persona_data("Bob"), persona_data("Cyril")])
     finally:
         module.mask_gradient = plain
-    assert results[1][1].cause == "not_finite"
+    assert results[1].cause == "not_finite"
     assert calls == [3] * 4 + [2] * 16
     (alone,), _ = learn(backbone, [persona_data("Ann")])
     assert (results[0].mask.scores_LI.float() - alone.mask.scores_LI.float()).abs().max() < 1e-3
@@ -148,7 +145,7 @@ def test_a_loss_that_is_not_finite_in_the_middle_stops_one_persona_only(tmp_path
 def test_bad_rows_are_an_error_of_that_persona(tmp_path, rows, learning, cause):
     bad = dataclasses.replace(persona_data("Bad"), train=rows)
     results, _ = learn(tiny(tmp_path), [bad, persona_data("Ann")], learning=learning)
-    assert results[0][1].cause == cause
+    assert results[0].cause == cause
     assert results[1].status == "done"
 
 
@@ -182,19 +179,19 @@ def test_stoppers_end_a_run_early(tmp_path):
     often = {"steps": 50, "evaluate_every": 2}
     flat = {**often, "learning_rate": 1e-9}
     (plateau,), _ = learn(backbone, [persona_data("Ann")], learning={**flat, "stoppers": {"plateau_evaluations": 2}})
-    assert (plateau.reason, plateau.steps) == ("plateau", 6)
+    assert (plateau.reason, plateau.step) == ("plateau", 6)
     (stable,), _ = learn(backbone, [persona_data("Ann")], learning={**flat, "stoppers": {"stability": 0.0}})
-    assert (stable.reason, stable.steps) == ("stable", 4)
+    assert (stable.reason, stable.step) == ("stable", 4)
     (late,), _ = learn(backbone, [persona_data("Ann")], learning={**often, "stoppers": {"seconds": 1e-6}})
-    assert (late.reason, late.steps, late.status) == ("seconds", 2, "done")
+    assert (late.reason, late.step, late.status) == ("seconds", 2, "done")
 
 
 def test_warm_start_needs_scores_of_this_backbone(tmp_path):
     results, _ = learn(tiny(tmp_path), [persona_data("Ann")], learning={"init": "persona:Bob"})
-    assert results[0][1].cause == "no_warm_scores"
+    assert results[0].cause == "no_warm_scores"
     wrong = {"Ann": torch.zeros(1, 2)}
     results, _ = learn(tiny(tmp_path), [persona_data("Ann")], learning={"init": "persona:Bob"}, warm_scores=wrong)
-    assert "shape" in str(results[0][1])
+    assert "shape" in results[0].message
 
 
 def test_checkpoints_come_at_the_steps_asked_for(tmp_path):
@@ -203,5 +200,5 @@ def test_checkpoints_come_at_the_steps_asked_for(tmp_path):
     steps: list[str] = []
     trainer = MaskTrainer(tiny(Path(tmp_path)), config)
     (outcome,) = trainer.train([persona_data("Ann")], run_id="r", checkpoint=lambda name, data: steps.append(name))
-    assert isinstance(outcome, Outcome)
+    assert outcome.status is TrainingStatus.DONE
     assert len(steps) == 3
