@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import PersonaError
 from persona_pruner.manifest import Persona
 from persona_pruner.storage import keys
@@ -17,6 +18,8 @@ from persona_pruner.storage.open import read_parquet
 class Row:
     question: str
     answer: str
+    finished: bool = True
+    """False where the answer was cut off at the token limit: nobody knows its end, so no end token is learned."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,22 @@ SCHEMA = pa.schema(
         ("sample", pa.int32()),
     ]
 )
+USABLE = "ok"
+"""Value of the column `filter` of an answer without fault."""
+CUT_OFF = "cut_off"
+"""The same where the only fault is that the answer was cut off at the token limit."""
 NOT_SELECTED = "not_selected"
-"""Value of the column `filter` of a question that was scored and neither selected nor answered."""
+"""The same of a question that was scored and neither selected nor answered."""
 
 
 def split_of(question_id: str, heldout_fraction: float) -> str:
     """heldout or train, decided by the question's hash alone."""
     return "heldout" if int(question_id[:8], 16) < heldout_fraction * 2**32 else "train"
+
+
+def uses_unfinished_answers(config: RunConfig) -> bool:
+    """Whether rows count whose answer was cut off: distillation compares next tokens, and those are there."""
+    return config.learning.objective.distillation > 0
 
 
 def read_table(storage: Storage, persona_id: str) -> pa.Table:
@@ -74,19 +86,26 @@ def is_current(storage: Storage, persona: Persona) -> bool:
     return metadata.get(b"persona_sha256", b"").decode() == persona.sha256
 
 
-def read_persona_data(storage: Storage, persona: Persona) -> PersonaData:
-    """Usable rows by split. Raises PersonaError (no_data, bad_data, empty)."""
+def read_persona_data(storage: Storage, persona: Persona, *, unfinished: bool = False) -> PersonaData:
+    """Usable rows by split; with `unfinished` also those whose answer was cut off.
+
+    Raises PersonaError (no_data, bad_data, empty).
+    """
     table = read_table(storage, persona.id)
-    parts: dict[str, list[Row]] = {"train": [], "heldout": []}
+    usable = {USABLE, CUT_OFF} if unfinished else {USABLE}
+    splits: dict[str, list[Row]] = {"train": [], "heldout": []}
     digest = hashlib.sha256()
     for row in table.to_pylist():
-        if row["filter"] == "ok" and row["split"] in parts:
-            if not row["question"] or not row["answer"]:
-                raise PersonaError("bad_data", f"{keys.persona_data(persona.id)}: a row has no question or no answer")
-            parts[row["split"]].append(Row(row["question"], row["answer"]))
-            digest.update(f"{row['split']}\0{row['question']}\0{row['answer']}\n".encode())
-    if not parts["train"]:
+        if row["filter"] not in usable or row["split"] not in splits:
+            continue
+        if not row["question"] or not row["answer"]:
+            raise PersonaError("bad_data", f"{keys.persona_data(persona.id)}: a row has no question or no answer")
+        finished = row["filter"] != CUT_OFF
+        splits[row["split"]].append(Row(row["question"], row["answer"], finished))
+        end = "" if finished else "\0unfinished"
+        digest.update(f"{row['split']}\0{row['question']}\0{row['answer']}{end}\n".encode())
+    if not splits["train"]:
         raise PersonaError("empty", f"{keys.persona_data(persona.id)}: holds no usable row to train on")
     return PersonaData(
-        persona.id, persona.description, tuple(parts["train"]), tuple(parts["heldout"]), digest.hexdigest()
+        persona.id, persona.description, tuple(splits["train"]), tuple(splits["heldout"]), digest.hexdigest()
     )

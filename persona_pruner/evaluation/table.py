@@ -18,7 +18,7 @@ from torch import Tensor
 
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.dataset import PersonaData, Row, read_persona_data
+from persona_pruner.dataset import PersonaData, Row, read_persona_data, uses_unfinished_answers
 from persona_pruner.errors import ConfigError
 from persona_pruner.evaluation.likelihood import heldout_loss
 from persona_pruner.learning.estimators import topk_mask
@@ -181,7 +181,10 @@ def _global_key(storage: Storage, personas: Sequence[Persona]) -> str:
 def _open_tasks(
     config: RunConfig, personas: Sequence[Persona], storage: Storage, global_mask: bytes | None
 ) -> list[EvaluationTask]:
-    every = tasks(config, personas, storage, lambda persona: read_persona_data(storage, persona), global_mask)
+    unfinished = uses_unfinished_answers(config)
+    every = tasks(
+        config, personas, storage, lambda who: read_persona_data(storage, who, unfinished=unfinished), global_mask
+    )
     return [task for task in every if stored(storage, task) is None]
 
 

@@ -39,6 +39,8 @@ def encode_rows(
     for number, row in enumerate(rows):
         question = question_suffix(tokenizer, system, description, row.question)
         answer = answer_tokens(tokenizer, row.answer)
+        if not row.finished:
+            answer = answer[:-1]  # the end token: this answer did not end here
         length = len(prefix) + len(question) + len(answer)
         if length > max_row_tokens:
             raise PersonaError(

@@ -14,7 +14,7 @@ import torch
 
 from persona_pruner.backbone.load import World, free_port, load_backbone
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.dataset import PersonaData, read_persona_data
+from persona_pruner.dataset import PersonaData, read_persona_data, uses_unfinished_answers
 from persona_pruner.errors import MaskError, PersonaError, StorageError
 from persona_pruner.evaluation import table
 from persona_pruner.learning.global_mask import train_global
@@ -63,7 +63,7 @@ class TrainingWorker:
         for persona in personas:
             try:
                 fetched = self._fetched.pop(persona.id, None)
-                data.append(fetched or read_persona_data(self.storage, persona))
+                data.append(fetched or self._read(persona))
                 restore |= self._checkpoint_of(persona)
             except PersonaError as error:
                 results[persona.id] = TrainingResult.failed(persona.id, error)
@@ -97,7 +97,7 @@ class TrainingWorker:
     def train_global(self, request: tuple[Sequence[Persona], float]) -> bytes | None:
         """The one mask for all personas that the evaluation compares with; None on other ranks than 0."""
         personas, ratio = request
-        data = [read_persona_data(self.storage, persona) for persona in personas]
+        data = [self._read(persona) for persona in personas]
         mask = train_global(self.trainer, data, ratio, self.run_id)
         return None if mask is None else mask.to_bytes()
 
@@ -114,7 +114,10 @@ class TrainingWorker:
         """Read the next personas' data while the current one trains; what fails here is told by `train`."""
         for persona in personas:
             with contextlib.suppress(PersonaError, StorageError):
-                self._fetched[persona.id] = read_persona_data(self.storage, persona)
+                self._fetched[persona.id] = self._read(persona)
+
+    def _read(self, persona: Persona) -> PersonaData:
+        return read_persona_data(self.storage, persona, unfinished=uses_unfinished_answers(self.config))
 
     @ray.method(concurrency_group="control")
     def progress(self) -> list[Progress]:

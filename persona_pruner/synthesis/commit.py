@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.dataset import NOT_SELECTED, SCHEMA, split_of
+from persona_pruner.dataset import CUT_OFF, NOT_SELECTED, SCHEMA, USABLE, split_of, uses_unfinished_answers
 from persona_pruner.errors import PersonaError
 from persona_pruner.manifest import Persona
 from persona_pruner.storage import keys
@@ -67,7 +67,7 @@ def commit(
             )
             add(question, score, verdict, sample.text, split, number)
     counts = dict(sorted(Counter(row["filter"] for row in rows).items()))
-    usable = counts.get("ok", 0)
+    usable = counts.get(USABLE, 0) + (counts.get(CUT_OFF, 0) if uses_unfinished_answers(config) else 0)
     if usable < config.synthesis.filter.min_answers:
         told = ", ".join(f"{name} {count}" for name, count in counts.items()) or "none selected"
         raise PersonaError(

@@ -4,6 +4,7 @@ import re
 from difflib import SequenceMatcher
 
 from persona_pruner.config.schema import FilterConfig
+from persona_pruner.dataset import CUT_OFF, USABLE
 
 _REFUSAL = re.compile(
     r"\b(i('m| am) sorry,? but|i (can('t|not)|am unable to|won't) (help|assist|answer|do that|comply|fulfil+|provide)|"
@@ -18,12 +19,10 @@ _LEAK = re.compile(
 
 
 def outcome(config: FilterConfig, question: str, original: str | None, answer: str, finished: bool) -> str:
-    """ok, empty, cut_off, refusal, assistant, leak or echo."""
+    """ok, empty, assistant, refusal, leak or echo; cut_off where that is its only fault."""
     words = answer.lower().split()
     if len(words) < config.min_words:
         return "empty"
-    if not finished:
-        return "cut_off"
     if _ASSISTANT.search(answer):
         return "assistant"
     if _REFUSAL.search(answer):
@@ -33,7 +32,7 @@ def outcome(config: FilterConfig, question: str, original: str | None, answer: s
     for other in (original, question):
         if other and _overlap(words, other.lower().split()) >= config.echo_overlap:
             return "echo"
-    return "ok"
+    return USABLE if finished else CUT_OFF
 
 
 def _overlap(words: list[str], other: list[str]) -> float:

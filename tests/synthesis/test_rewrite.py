@@ -95,6 +95,7 @@ def test_too_few_answers_are_the_personas_error_with_counts(tmp_path):
         ("Aye, the tide decides.", True, "ok"),
         ("", True, "empty"),
         ("Aye, the tide", False, "cut_off"),
+        ("As an AI language model I have no", False, "assistant"),
         ("I'm sorry, but I can't help with that.", True, "refusal"),
         ("As an AI language model I have no mornings.", True, "assistant"),
         ("You are roleplaying as a user with this persona.", True, "leak"),

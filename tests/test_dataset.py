@@ -1,0 +1,45 @@
+"""What is read back of a persona's stored rows."""
+
+import pytest
+
+from persona_pruner.config.load import check_config
+from persona_pruner.dataset import read_persona_data, uses_unfinished_answers
+from persona_pruner.errors import PersonaError
+from persona_pruner.manifest import Persona
+from persona_pruner.storage.open import open_storage
+from persona_pruner.synthesis.commit import Answer, commit
+from persona_pruner.synthesis.sources import Question, question_id
+
+ADA = Persona("ada", "Ada, a pilot")
+QUESTIONS = [Question(question_id(text), text, None) for text in (f"Question {n}?" for n in range(20))]
+
+
+@pytest.fixture
+def storage(tmp_path):
+    """Twenty questions, every second answer cut off."""
+    stored = open_storage(tmp_path)
+    config = check_config({"synthesis": {"filter": {"min_answers": 1}}})
+    answers = [[Answer(f"Aye, number {n} by the tide", n % 2 == 0)] for n in range(20)]
+    commit(config, stored, ADA, QUESTIONS, [0.5] * 20, answers, "m")
+    return stored
+
+
+def test_cut_off_answers_are_left_out_or_marked_as_unfinished(storage):
+    finished = read_persona_data(storage, ADA)
+    every = read_persona_data(storage, ADA, unfinished=True)
+    assert len(finished.train) + len(finished.heldout) == 10
+    assert len(every.train) + len(every.heldout) == 20
+    assert all(row.finished == (int(row.question.split()[1][:-1]) % 2 == 0) for row in every.train + every.heldout)
+    assert set(finished.train) <= set(every.train)
+    assert finished.sha256 != every.sha256
+
+
+def test_distillation_learns_from_cut_off_answers_and_cross_entropy_alone_does_not():
+    assert uses_unfinished_answers(check_config({}))
+    paper = {"learning": {"objective": {"cross_entropy": 1, "distillation": 0}}}
+    assert not uses_unfinished_answers(check_config(paper))
+
+
+def test_no_data_is_told_with_what_to_do(storage):
+    with pytest.raises(PersonaError, match="synthesize first"):
+        read_persona_data(storage, Persona("bo", "Bo, a baker"))
