@@ -1,34 +1,36 @@
 """Prompts as token ids, rendered by the tokenizer's own chat template.
 
-A prompt is split once, at the last special token before the question: what stands before depends on the persona
+A prompt is split once, at the last special token before the question: everything before that depends on the persona
 alone and is run once for all its questions.
 """
 
+import datetime
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
 
+from persona_pruner.config.schema import DEFAULT_DATE, PromptConfig
 from persona_pruner.errors import BackboneError
 
 _PROBES = ("Why?", "1 + 1", "\nwhere", " so")
 
 
-def persona_prefix(tokenizer: Any, system: str, description: str) -> list[int]:
+def persona_prefix(tokenizer: Any, prompt: PromptConfig, description: str) -> list[int]:
     """Token ids shared by all questions of a persona. Raises BackboneError for a tokenizer without a chat template."""
-    return list(_prefix(tokenizer, system, description))
+    return list(_prefix(tokenizer, prompt, description))
 
 
-def question_suffix(tokenizer: Any, system: str, description: str, question: str) -> list[int]:
+def question_suffix(tokenizer: Any, prompt: PromptConfig, description: str, question: str) -> list[int]:
     """Token ids after the prefix, up to where the answer starts (never empty).
 
     prefix + suffix equals the ids of the whole rendered prompt; BackboneError where the tokenizer does not allow it.
     """
-    prefix = _prefix(tokenizer, system, description)
-    whole = _encode(tokenizer, _render(tokenizer, system, description, question))
-    if tuple(whole[: len(prefix)]) != prefix or len(whole) == len(prefix):
+    prefix = _prefix(tokenizer, prompt, description)
+    token_ids = _encode(tokenizer, _render(tokenizer, prompt, description, question))
+    if tuple(token_ids[: len(prefix)]) != prefix or len(token_ids) == len(prefix):
         raise BackboneError(f"the chat template does not put the question {question[:40]!r} after the persona")
-    return whole[len(prefix) :]
+    return token_ids[len(prefix) :]
 
 
 def answer_tokens(tokenizer: Any, answer: str) -> list[int]:
@@ -37,9 +39,39 @@ def answer_tokens(tokenizer: Any, answer: str) -> list[int]:
     return [*_encode(tokenizer, answer.strip()), *end]
 
 
+def render_chat(
+    tokenizer: Any, messages: list[dict[str, str]], date: datetime.date, add_generation_prompt: bool = True
+) -> str:
+    """The text of a chat, with `date` as what the template sees as today.
+
+    Templates like Llama 3.2's read the clock, and a run that is resumed on another day would get other prompts. The
+    clock can only be replaced by a macro: transformers (5.23) passes no functions to a template.
+    """
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = f"{_date_macro(date)}\n{template}"
+    return str(
+        tokenizer.apply_chat_template(
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            date_string=date.strftime("%d %b %Y"),
+        )
+    )
+
+
+@lru_cache(maxsize=16)
+def _date_macro(date: datetime.date) -> str:
+    at_noon = datetime.datetime.combine(date, datetime.time(12))
+    directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"]
+    filters = "".join(f" | replace({d!r}, {at_noon.strftime(d)!r})" for d in directives)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{filters} | replace('%%', '%') }}}}{{%- endmacro %}}"
+
+
 @lru_cache(maxsize=256)
-def _prefix(tokenizer: Any, system: str, description: str) -> tuple[int, ...]:
-    prompts = [_encode(tokenizer, _render(tokenizer, system, description, probe)) for probe in _PROBES]
+def _prefix(tokenizer: Any, prompt: PromptConfig, description: str) -> tuple[int, ...]:
+    prompts = [_encode(tokenizer, _render(tokenizer, prompt, description, probe)) for probe in _PROBES]
     shared = 0
     while all(shared < len(p) and p[shared] == prompts[0][shared] for p in prompts):
         shared += 1
@@ -49,19 +81,15 @@ def _prefix(tokenizer: Any, system: str, description: str) -> tuple[int, ...]:
     return tuple(prompts[0][: min(cut, min(map(len, prompts)) - 1)])
 
 
-def _render(tokenizer: Any, system: str, description: str, question: str) -> str:
+def _render(tokenizer: Any, prompt: PromptConfig, description: str, question: str) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise BackboneError("the backbone has no chat template; use a chat model, or add chat_template.jinja to it")
-    text = system.replace("{persona}", description)
-    messages = [{"role": "system", "content": text}, {"role": "user", "content": question}]
+    system = prompt.system.replace("{persona}", description)
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     try:
-        return _template(tokenizer, messages)
+        return render_chat(tokenizer, messages, prompt.date)
     except TemplateError:
-        return _template(tokenizer, [{"role": "user", "content": f"{text}\n\n{question}"}])
-
-
-def _template(tokenizer: Any, messages: list[dict[str, str]], prompt: bool = True) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        return render_chat(tokenizer, [{"role": "user", "content": f"{system}\n\n{question}"}], prompt.date)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -72,10 +100,11 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 def _end_of_turn(tokenizer: Any) -> tuple[int, ...]:
     """The first token that the template puts after an answer; the tokenizer's eos where it puts none."""
     user = {"role": "user", "content": "Why?"}
-    asked = _template(tokenizer, [user])
-    told = _template(tokenizer, [user, {"role": "assistant", "content": "Because."}], prompt=False)
-    if told.startswith(asked):
-        after = told[len(asked) :].partition("Because.")[2]
+    answer = {"role": "assistant", "content": "Because."}
+    asked = render_chat(tokenizer, [user], DEFAULT_DATE)
+    answered = render_chat(tokenizer, [user, answer], DEFAULT_DATE, add_generation_prompt=False)
+    if answered.startswith(asked):
+        after = answered[len(asked) :].partition("Because.")[2]
         ids = _encode(tokenizer, after)
         if ids and tokenizer.decode(ids[:1]).strip() in after:
             return tuple(ids[:1])

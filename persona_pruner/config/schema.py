@@ -1,5 +1,6 @@
 """One typed tree of all settings of a run, with the rules that hold between them."""
 
+import datetime
 import hashlib
 import json
 from typing import Annotated, Any, Literal
@@ -17,6 +18,8 @@ DEFAULT_REWRITE_WITH_REFERENCE = (
     "Rewrite the reference answer as the persona would give it: same facts, but its background, values and manner "
     "of speaking. Reply with the answer alone.\n\nQuestion: {question}\n\nReference answer: {answer}"
 )
+
+DEFAULT_DATE = datetime.date(2024, 7, 26)
 
 Fraction = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -50,6 +53,8 @@ class PromptConfig(Section):
     question, so that its samples are the backbone's own distribution."""
     rewrite_with_reference: str = DEFAULT_REWRITE_WITH_REFERENCE
     """The same where `synthesis.rewrite.with_original` is on; must contain {question} and {answer}."""
+    date: datetime.date = DEFAULT_DATE
+    """What a chat template that inserts today's date sees as today, so that prompts are the same on every day."""
 
     @model_validator(mode="after")
     def _placeholders(self) -> "PromptConfig":

@@ -25,9 +25,8 @@ def heldout_loss(
     """
     if not rows:
         raise PersonaError("empty", "no rows to measure a loss on")
-    system = config.prompt.system
-    prefix = persona_prefix(backbone.tokenizer, system, description)
-    encoded = encode_rows(backbone.tokenizer, system, description, rows, config.learning.max_row_tokens)
+    prefix = persona_prefix(backbone.tokenizer, config.prompt, description)
+    encoded = encode_rows(backbone.tokenizer, config.prompt, description, rows, config.learning.max_row_tokens)
     tokens = sum(row.answer for row in encoded)
     items = [TrainingExample(0, ("", number), row, 1 / tokens) for number, row in enumerate(encoded)]
     with BackboneRunner(backbone) as runner:

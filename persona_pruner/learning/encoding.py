@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from persona_pruner.backbone.prompts import answer_tokens, persona_prefix, question_suffix
+from persona_pruner.config.schema import PromptConfig
 from persona_pruner.dataset import PersonaData, Row
 from persona_pruner.errors import PersonaError
 
@@ -31,13 +32,13 @@ class Encoded:
 
 
 def encode_rows(
-    tokenizer: Any, system: str, description: str, rows: Sequence[Row], max_row_tokens: int, who: str = "rows"
+    tokenizer: Any, prompt: PromptConfig, description: str, rows: Sequence[Row], max_row_tokens: int, who: str = "rows"
 ) -> tuple[EncodedRow, ...]:
     """Rows as tokens. Raises PersonaError (row_too_long) naming the row's number from 0 and both lengths."""
-    prefix = persona_prefix(tokenizer, system, description)
+    prefix = persona_prefix(tokenizer, prompt, description)
     encoded = []
     for number, row in enumerate(rows):
-        question = question_suffix(tokenizer, system, description, row.question)
+        question = question_suffix(tokenizer, prompt, description, row.question)
         answer = answer_tokens(tokenizer, row.answer)
         if not row.finished:
             answer = answer[:-1]  # the end token: this answer did not end here
@@ -51,13 +52,13 @@ def encode_rows(
     return tuple(encoded)
 
 
-def encode(tokenizer: Any, system: str, data: PersonaData, max_row_tokens: int) -> Encoded:
+def encode(tokenizer: Any, prompt: PromptConfig, data: PersonaData, max_row_tokens: int) -> Encoded:
     """All rows of a persona as tokens. Raises PersonaError: empty (no row to train on), row_too_long."""
     if not data.train:
         raise PersonaError("empty", f"{data.persona_id}: no rows to train on")
-    prefix = tuple(persona_prefix(tokenizer, system, data.description))
+    prefix = tuple(persona_prefix(tokenizer, prompt, data.description))
     parts = [
-        encode_rows(tokenizer, system, data.description, rows, max_row_tokens, f"{data.persona_id} ({part})")
+        encode_rows(tokenizer, prompt, data.description, rows, max_row_tokens, f"{data.persona_id} ({part})")
         for part, rows in (("train", data.train), ("held out", data.heldout))
     ]
     return Encoded(data.persona_id, prefix, parts[0], parts[1], data.sha256)

@@ -30,7 +30,7 @@ def train_global(trainer: MaskTrainer, data: Sequence[PersonaData], ratio: float
     Raises PersonaError where a persona's rows cannot be used.
     """
     config, learning = trainer.config, trainer.learning
-    encoded = [encode(trainer.backbone.tokenizer, config.prompt.system, d, learning.max_row_tokens) for d in data]
+    encoded = [encode(trainer.backbone.tokenizer, config.prompt, d, learning.max_row_tokens) for d in data]
     sha256 = hashlib.sha256("".join(each.sha256 for each in encoded).encode()).hexdigest()
     union = [(p, n) for p, each in enumerate(encoded) for n in range(len(each.train))]
     with BackboneRunner(trainer.backbone) as runner:

@@ -91,7 +91,7 @@ class MaskTrainer:
     def _begin(
         self, runner: BackboneRunner, data: PersonaData, restore: Mapping[str, bytes], warm_LI: Tensor | None
     ) -> _Persona:
-        encoded = encode(self.backbone.tokenizer, self.config.prompt.system, data, self.learning.max_row_tokens)
+        encoded = encode(self.backbone.tokenizer, self.config.prompt, data, self.learning.max_row_tokens)
         if self.learning.objective.distillation:
             self.targets.collect(runner, [encoded.prefix], items_of(encoded), self.settings)
         dense = self._heldout(runner, encoded, None)

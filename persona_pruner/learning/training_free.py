@@ -44,7 +44,7 @@ def random(backbone: Backbone, seed: int) -> Tensor:
 
 def activation(backbone: Backbone, config: RunConfig, data: PersonaData) -> Tensor:
     """Root mean square of each channel over the answer tokens of data.train, times the norm of its output weights."""
-    encoded = encode(backbone.tokenizer, config.prompt.system, data, config.learning.max_row_tokens)
+    encoded = encode(backbone.tokenizer, config.prompt, data, config.learning.max_row_tokens)
     with BackboneRunner(backbone) as runner:
         return activation_scores(runner, encoded, MicroBatchConfig(config.learning.objective))
 
@@ -134,7 +134,7 @@ def wanda(backbone: Backbone, config: RunConfig, data: PersonaData, ratio: float
     Restores the weights at the end. Unsharded backbones only.
     """
     assert not backbone.sharded, "evaluation only"
-    encoded = encode(backbone.tokenizer, config.prompt.system, data, config.learning.max_row_tokens)
+    encoded = encode(backbone.tokenizer, config.prompt, data, config.learning.max_row_tokens)
     with BackboneRunner(backbone) as runner:
         norms = _input_norms(runner, encoded, MicroBatchConfig(config.learning.objective))
     kept = {}

@@ -61,10 +61,10 @@ class SelfRewriter:
 
     @torch.no_grad()
     def answers(self, persona: Persona, questions: Sequence[Question]) -> list[list[Answer]]:
-        settings, system = self.config.synthesis.rewrite, self.config.prompt.system
+        settings, prompt = self.config.synthesis.rewrite, self.config.prompt
         samples = settings.samples_per_question
-        prefix = persona_prefix(self._tokenizer, system, persona.description)
-        suffixes = [question_suffix(self._tokenizer, system, persona.description, q.text) for q in questions]
+        prefix = persona_prefix(self._tokenizer, prompt, persona.description)
+        suffixes = [question_suffix(self._tokenizer, prompt, persona.description, q.text) for q in questions]
         rows = sorted(
             ((len(suffix), i, sample) for i, suffix in enumerate(suffixes) for sample in range(samples)),
         )

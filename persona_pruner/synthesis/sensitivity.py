@@ -42,7 +42,7 @@ class Sensitivity:
         self.count = config.synthesis.references.count
         self.runner = BackboneRunner(backbone)
         self._tokenizer = backbone.tokenizer
-        self._system = config.prompt.system
+        self._prompt = config.prompt
         self._questions = list(questions)
         self._limit = config.synthesis.max_prompt_tokens
         self._layers = _decoder_layers(backbone.model)
@@ -67,12 +67,12 @@ class Sensitivity:
             self.references = [_Prompt(self, p) for p in fitting]
 
     def _prefix(self, persona: Persona) -> list[int]:
-        return persona_prefix(self._tokenizer, self._system, persona.description)
+        return persona_prefix(self._tokenizer, self._prompt, persona.description)
 
     def _suffix(self, description: str, question: str) -> list[int]:
         """Empty where the chat template has no place for this question."""
         try:
-            return question_suffix(self._tokenizer, self._system, description, question)
+            return question_suffix(self._tokenizer, self._prompt, description, question)
         except BackboneError:
             return []
 

@@ -114,12 +114,12 @@ def _persona(
 def sample(backbone: Backbone, config: RunConfig, description: str, questions: list[str], wanted: int) -> list[Row]:
     """Answers drawn at temperature 1; those that do not end in time are dropped."""
     torch.manual_seed(0)
-    tokenizer, system = backbone.tokenizer, config.prompt.system
-    prefix = persona_prefix(tokenizer, system, description)
+    tokenizer, prompt = backbone.tokenizer, config.prompt
+    prefix = persona_prefix(tokenizer, prompt, description)
     rows: list[Row] = []
     for start in range(0, len(questions), 64):
         block = questions[start : start + 64]
-        prompts = [prefix + question_suffix(tokenizer, system, description, question) for question in block]
+        prompts = [prefix + question_suffix(tokenizer, prompt, description, question) for question in block]
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])

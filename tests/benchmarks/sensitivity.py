@@ -55,9 +55,9 @@ class Pairwise:
 
     def states(self, persona: Persona) -> Tensor:
         """Hidden states [L, Q, D] at the last prompt token."""
-        system, tokenizer = self.config.prompt.system, self.backbone.tokenizer
-        prefix = persona_prefix(tokenizer, system, persona.description)
-        rows = [prefix + question_suffix(tokenizer, system, persona.description, q) for q in self.questions]
+        prompt, tokenizer = self.config.prompt, self.backbone.tokenizer
+        prefix = persona_prefix(tokenizer, prompt, persona.description)
+        rows = [prefix + question_suffix(tokenizer, prompt, persona.description, q) for q in self.questions]
         self.tokens += map(len, rows)
         size, parts = self.config.synthesis.tile_questions, []
         for start in range(0, len(rows), size):

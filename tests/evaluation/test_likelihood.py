@@ -23,8 +23,8 @@ def test_the_loss_is_the_mean_over_all_answer_tokens(tmp_path, masked):
     with ChannelMasks(backbone.model) as masks:
         masks.set(None if keep is None else keep.float())
         for row in data.heldout:
-            prompt = persona_prefix(backbone.tokenizer, config.prompt.system, data.description)
-            prompt += question_suffix(backbone.tokenizer, config.prompt.system, data.description, row.question)
+            prompt = persona_prefix(backbone.tokenizer, config.prompt, data.description)
+            prompt += question_suffix(backbone.tokenizer, config.prompt, data.description, row.question)
             answer = answer_tokens(backbone.tokenizer, row.answer)
             logits = backbone.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
             total += F.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()

@@ -78,7 +78,7 @@ def fast(
 
 def encoded(backbone: Backbone, names: Sequence[str]) -> list[Encoded]:
     config = tiny_config()
-    return [encode(backbone.tokenizer, config.prompt.system, persona_data(name), 2048) for name in names]
+    return [encode(backbone.tokenizer, config.prompt, persona_data(name), 2048) for name in names]
 
 
 def some_masks(backbone: Backbone, personas: int) -> Tensor:

@@ -31,7 +31,7 @@ def test_magnitude_is_the_norm_of_all_weights_of_a_channel(tmp_path, family):
 
 def test_activation_is_the_channels_size_at_the_answers_times_its_output_weights(tmp_path):
     backbone, data = tiny(tmp_path), persona_data("Ann", rows=5)
-    encoded = encode(backbone.tokenizer, CONFIG.prompt.system, data, 2048)
+    encoded = encode(backbone.tokenizer, CONFIG.prompt, data, 2048)
     ffn, squares = find_ffns(backbone.model)[2], []
     for row in encoded.train:
         seen = []

@@ -40,9 +40,9 @@ def test_samples_are_the_models_own_greedy_continuation_at_temperature_0(tmp_pat
     answers = SelfRewriter(backbone, settings).answers(ADA, QUESTIONS)
     end = backbone.tokenizer.eos_token_id
     for question, (answer,) in zip(QUESTIONS, answers, strict=True):
-        system = settings.prompt.system
-        ids = persona_prefix(backbone.tokenizer, system, ADA.description)
-        ids = ids + question_suffix(backbone.tokenizer, system, ADA.description, question.text)
+        prompt = settings.prompt
+        ids = persona_prefix(backbone.tokenizer, prompt, ADA.description)
+        ids = ids + question_suffix(backbone.tokenizer, prompt, ADA.description, question.text)
         out = []
         for _ in range(12):
             with torch.no_grad():

@@ -25,9 +25,9 @@ def pairwise(backbone, settings, question, target, references):
     """s(q; P*), every prompt run whole and alone."""
 
     def states(persona):
-        system = settings.prompt.system
-        ids = persona_prefix(backbone.tokenizer, system, persona.description)
-        ids = ids + question_suffix(backbone.tokenizer, system, persona.description, question)
+        prompt = settings.prompt
+        ids = persona_prefix(backbone.tokenizer, prompt, persona.description)
+        ids = ids + question_suffix(backbone.tokenizer, prompt, persona.description, question)
         kept = []
         layers = next(m for m in backbone.model.modules() if isinstance(m, torch.nn.ModuleList))
         first, last = settings.synthesis.layers or (0, len(layers) - 1)
