@@ -21,4 +21,4 @@ def example() -> Path:
     return EXAMPLE
 
 
-from s3_server import mock_bucket, moto_s3, real_s3  # noqa: E402, F401
+from s3_server import bucket, ceph_s3, moto_s3, real_s3  # noqa: E402, F401

@@ -174,8 +174,8 @@ def test_ten_thousand_rows_stay_under_300_mb(tmp_path):
     assert int(out[1]) < 300 * 1024
 
 
-def test_manifest_in_object_storage_mock(mock_bucket, tmp_path):
+def test_manifest_in_object_storage(bucket, tmp_path):
     local = write(tmp_path / "p.jsonl", GOOD)
-    mock_bucket.put("p.jsonl", (tmp_path / "p.jsonl").read_bytes())
-    assert read_manifest(f"{mock_bucket.url}/p.jsonl").personas == read_manifest(local).personas
-    assert faults(f"{mock_bucket.url}/q.jsonl") == [f"{mock_bucket.url}/q.jsonl: no such manifest"]
+    bucket.put("p.jsonl", (tmp_path / "p.jsonl").read_bytes())
+    assert read_manifest(f"{bucket.url}/p.jsonl").personas == read_manifest(local).personas
+    assert faults(f"{bucket.url}/q.jsonl") == [f"{bucket.url}/q.jsonl: no such manifest"]

@@ -59,12 +59,12 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
         load_backbone(BackboneConfig(path=str(tmp_path / "bare")), deepspeed=False)
 
 
-def test_backbone_in_object_storage_mock(mock_bucket, tmp_path):
+def test_backbone_in_object_storage(bucket, tmp_path):
     path = save_tiny(tmp_path / "tiny")
     for file in path.iterdir():
-        mock_bucket.put(f"tiny/{file.name}", file.read_bytes())
+        bucket.put(f"tiny/{file.name}", file.read_bytes())
     local = load_backbone(BackboneConfig(path=str(path)), deepspeed=False)
-    remote = load_backbone(BackboneConfig(path=f"{mock_bucket.url}/tiny"), deepspeed=False)
+    remote = load_backbone(BackboneConfig(path=f"{bucket.url}/tiny"), deepspeed=False)
     assert (remote.name, remote.fingerprint) == (local.name, local.fingerprint)
     with pytest.raises(BackboneError, match=r"backbone\.path = s3://.*/absent: nothing is there"):
-        resolve(BackboneConfig(path=f"{mock_bucket.url}/absent"))
+        resolve(BackboneConfig(path=f"{bucket.url}/absent"))

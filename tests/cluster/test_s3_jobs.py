@@ -8,7 +8,7 @@ from hashlib import sha256
 import cluster_runs as runs
 import http_faults
 import pytest
-from s3_server import DIRECTORIES, new_bucket
+from s3_server import PROCESSES, new_bucket
 
 from persona_pruner import MaskStore
 from persona_pruner.storage.open import open_storage
@@ -38,9 +38,8 @@ def test_a_third_of_all_s3_calls_failing_changes_nothing(real_s3, undisturbed, m
 @pytest.mark.fault
 def test_server_that_is_gone_for_20_seconds_costs_nothing_but_time(real_s3, undisturbed, monkeypatch, cost):
     """The server's process is stopped (SIGSTOP) and continued, as in a long pause."""
-    directory = DIRECTORIES.get(real_s3["AWS_ENDPOINT_URL"])
-    servers = [] if directory is None else [int((directory / "run" / "rgw.pid").read_text())]
-    if not servers:
+    server = PROCESSES.get(real_s3["AWS_ENDPOINT_URL"])
+    if server is None:
         pytest.skip("the S3 server is not a process of this machine")
     for name, value in real_s3.items():
         monkeypatch.setenv(name, value)
@@ -48,11 +47,9 @@ def test_server_that_is_gone_for_20_seconds_costs_nothing_but_time(real_s3, undi
     with cost("S3 server stopped for 20 s", whole=True):
         job = runs.start(f"s3://{bucket}/run")
         runs.wait_for(lambda: list(open_storage(f"s3://{bucket}/run").list("synthesis/")))
-        for pid in servers:
-            os.kill(pid, signal.SIGSTOP)
+        os.kill(server, signal.SIGSTOP)
         time.sleep(20)
-        for pid in servers:
-            os.kill(pid, signal.SIGCONT)
+        os.kill(server, signal.SIGCONT)
         text, _ = job.communicate(timeout=240)
     assert job.returncode == 0, text
     store = MaskStore(f"s3://{bucket}/run")

@@ -162,15 +162,15 @@ def test_catalog_opens_in_datasets_pandas_and_duckdb(output, tmp_path):
     assert ("bo",) in found
 
 
-def test_catalog_in_object_storage_opens_as_documented_mock(mock_bucket):
+def test_catalog_in_object_storage_opens_as_documented(bucket):
     import datasets
     import duckdb
     import pandas
 
     for number, name in enumerate(["ada", "bo", "cy"]):
-        mock_bucket.put(keys.mask(name), mask(name, seed=number).to_bytes())
-    write_catalog(mock_bucket, build_catalog(mock_bucket))
-    url = f"{mock_bucket.url}/{keys.CATALOG}"
+        bucket.put(keys.mask(name), mask(name, seed=number).to_bytes())
+    write_catalog(bucket, build_catalog(bucket))
+    url = f"{bucket.url}/{keys.CATALOG}"
     catalog = pq.read_table(url)
     found = duckdb.sql("select count(*), min(persona_id) from catalog where ratio = 0.6 and seed > 0").fetchall()
     assert found == [(2, "bo")]

@@ -1,4 +1,4 @@
-"""The same behaviour on a local directory, moto's mock server and a real S3 server."""
+"""The same behaviour on a local directory and on two S3 servers."""
 
 import pickle
 import subprocess
@@ -23,11 +23,11 @@ from persona_pruner.storage.s3 import S3Storage
 FAST = StorageConfig(deadline_seconds=3.0)
 
 
-@pytest.fixture(params=["local", "moto_mock", pytest.param("real", marks=pytest.mark.cluster)])
+@pytest.fixture(params=["local", "real_s3", pytest.param("ceph_s3", marks=pytest.mark.cluster)])
 def storage(request, tmp_path, monkeypatch):
     if request.param == "local":
         return open_storage(tmp_path / "out", FAST)
-    server = request.getfixturevalue("moto_s3" if request.param == "moto_mock" else "real_s3")
+    server = request.getfixturevalue(request.param)
     for name, value in server.items():
         monkeypatch.setenv(name, value)
     return open_storage(f"s3://{new_bucket(server)}/run", FAST)

@@ -1,4 +1,4 @@
-"""Faults between client and server, wrong settings, policies: against a real S3 server unless the name says mock."""
+"""Faults between client and server, wrong settings, policies: against real S3 servers unless the name says mock."""
 
 import contextlib
 import http.server
@@ -40,11 +40,12 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(storage_s3, "MULTIPART_BYTES", 8 * 2**20)
 
 
-@pytest.fixture
-def server(real_s3, monkeypatch):
-    for name, value in real_s3.items():
+@pytest.fixture(params=["real_s3", "ceph_s3"])
+def server(request, monkeypatch):
+    settings = request.getfixturevalue(request.param)
+    for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    return real_s3
+    return settings
 
 
 @pytest.fixture
@@ -188,23 +189,29 @@ botocore.auth.get_current_datetime = lambda *_, **__: late
 """The clock of the signature alone is wrong here: the machine's own cannot be set."""
 
 
+CLIENT_FAULTS = [
+    ("refused", "no server answers at http://127.0.0.1:9; check AWS_ENDPOINT_URL"),
+    ("unroutable", "no server answers at http://127.0.0.1"),
+    ("silent", "no server answers at http://127.0.0.1"),
+    ("trickling", "no server answers at http://127.0.0.1"),
+    ("other protocol", "; check AWS_ENDPOINT_URL"),
+    ("no S3", "is no S3 server (HTTP 404); check AWS_ENDPOINT_URL"),
+    ("certificate", "TLS failed: check the certificate"),
+    ("no credentials", "no AWS credentials; set AWS_ACCESS_KEY_ID"),
+]
+REFUSALS = [
+    ("clock", "the clock of this machine is wrong"),
+    ("key", "check AWS_ACCESS_KEY_ID"),
+    ("secret", "check AWS_SECRET_ACCESS_KEY"),
+    ("bucket", "bucket no-such-bucket-here does not exist; create it or check its name"),
+    ("permission", "permission denied; check the policy"),
+]
+
+
 @pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ("refused", "no server answers at http://127.0.0.1:9; check AWS_ENDPOINT_URL"),
-        ("unroutable", "no server answers at http://127.0.0.1"),
-        ("silent", "no server answers at http://127.0.0.1"),
-        ("trickling", "no server answers at http://127.0.0.1"),
-        ("other protocol", "; check AWS_ENDPOINT_URL"),
-        ("no S3", "is no S3 server (HTTP 404); check AWS_ENDPOINT_URL"),
-        ("certificate", "TLS failed: check the certificate"),
-        ("clock", "the clock of this machine is wrong"),
-        ("key", "check AWS_ACCESS_KEY_ID"),
-        ("secret", "check AWS_SECRET_ACCESS_KEY"),
-        ("no credentials", "no AWS credentials; set AWS_ACCESS_KEY_ID"),
-        ("bucket", "bucket no-such-bucket-here does not exist; create it or check its name"),
-        ("permission", "permission denied; check the policy"),
-    ],
+    ("server", "wrong", "said"),
+    [("real_s3", *fault) for fault in CLIENT_FAULTS + REFUSALS] + [("ceph_s3", *fault) for fault in REFUSALS],
+    indirect=["server"],
 )
 def test_status_says_within_15_seconds_what_to_check(request, server, tmp_path, wrong, said):
     with contextlib.ExitStack() as servers:
@@ -233,8 +240,8 @@ def test_status_says_within_15_seconds_what_to_check(request, server, tmp_path, 
         elif wrong == "no credentials":
             env = {name: value for name, value in env.items() if "KEY" not in name}
         elif wrong == "permission":
-            keys, _ = second_user(server)
-            env |= {name.upper(): value for name, value in keys.items()}
+            credentials, _ = second_user(server)
+            env |= {name.upper(): value for name, value in credentials.items()}
         code = (LATE if wrong == "clock" else "") + STATUS
         began = time.monotonic()
         ran = subprocess.run(
@@ -290,7 +297,7 @@ def test_encryption_settings_reach_the_server_mock(moto_s3, monkeypatch):
 @pytest.fixture
 def roles(server):
     """owner's storage, and a function that gives the storage of a user under one of the shipped policies."""
-    keys, user = second_user(server)
+    credentials, arn = second_user(server)
     bucket = new_bucket(server)
     owner = open_storage(f"s3://{bucket}/team/run")
     owner.put(keys.mask("ada"), mask("ada").to_bytes())
@@ -301,10 +308,12 @@ def roles(server):
         text = (POLICIES / f"{name}.json").read_text().replace("BUCKET", bucket).replace("PREFIX", "team/run")
         policy = json.loads(text)
         for statement in policy["Statement"]:
-            statement["Principal"] = {"AWS": [f"arn:aws:iam:::user/{user}"]}
+            statement["Principal"] = {"AWS": [arn]}
         owner.client.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
         storage = S3Storage(bucket, "team/run", FAST)
-        storage._made = boto3.client("s3", endpoint_url=server["AWS_ENDPOINT_URL"], region_name="us-east-1", **keys)
+        storage._made = boto3.client(
+            "s3", endpoint_url=server["AWS_ENDPOINT_URL"], region_name="us-east-1", **credentials
+        )
         return storage
 
     return under

@@ -10,9 +10,9 @@ from persona_pruner.storage.open import open_storage
 from persona_pruner.synthesis.pipeline import evaluation_questions, synthesize
 
 
-@pytest.fixture(params=["local", "moto_mock"])
+@pytest.fixture(params=["local", "bucket"])
 def questions(request, tmp_path):
-    storage = open_storage(tmp_path) if request.param == "local" else request.getfixturevalue("mock_bucket")
+    storage = open_storage(tmp_path) if request.param == "local" else request.getfixturevalue("bucket")
     storage.put("ada.json", json.dumps({"questions": ["What  now?", "Why?"]}).encode())
     storage.put("bo.txt", b"What now?\nWho?")
     storage.put("cy.json", b"{")

@@ -88,15 +88,15 @@ def test_bad_sources_are_one_line_each(tmp_path):
     assert "synthesis.sources is empty" in fault()
 
 
-def test_sources_in_object_storage_mock(mock_bucket, tmp_path):
+def test_sources_in_object_storage(bucket, tmp_path):
     """A file, and a prefix of several files; a file that changes is read anew."""
     local = write(tmp_path / "q.jsonl", ROWS)
-    mock_bucket.put("q.jsonl", (tmp_path / "q.jsonl").read_bytes())
+    bucket.put("q.jsonl", (tmp_path / "q.jsonl").read_bytes())
     pq.write_table(pa.Table.from_pylist(ROWS[:5]), tmp_path / "a.parquet")
     pq.write_table(pa.Table.from_pylist(ROWS[5:]), tmp_path / "b.parquet")
     for name in ("a.parquet", "b.parquet"):
-        mock_bucket.put(f"many/{name}", (tmp_path / name).read_bytes())
-    assert load(f"{mock_bucket.url}/q.jsonl") == load(f"{mock_bucket.url}/many") == load(local)
-    mock_bucket.put("q.jsonl", json.dumps(ROWS[3]).encode())
-    assert [q.text for q in load(f"{mock_bucket.url}/q.jsonl")] == ["Question 3?"]
-    assert "nothing is there" in fault(f"{mock_bucket.url}/absent.jsonl")
+        bucket.put(f"many/{name}", (tmp_path / name).read_bytes())
+    assert load(f"{bucket.url}/q.jsonl") == load(f"{bucket.url}/many") == load(local)
+    bucket.put("q.jsonl", json.dumps(ROWS[3]).encode())
+    assert [q.text for q in load(f"{bucket.url}/q.jsonl")] == ["Question 3?"]
+    assert "nothing is there" in fault(f"{bucket.url}/absent.jsonl")
