@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from persona_pruner.backbone import attention
 from persona_pruner.config.schema import BackboneConfig
 from persona_pruner.errors import BackboneError
 from persona_pruner.storage.base import NotFoundError
@@ -189,6 +190,7 @@ def _load(
     auto = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     # Looked up before zero.Init is active: that patches tensor construction, and a lazy import inside it fails.
     kind = AutoModelForCausalLM._model_mapping.get(type(auto), None)
+    attention.register()
     sdpa_missing = config.attention == "sdpa" and not getattr(kind, "_supports_sdpa", True)  # Gemma 2
     options = {
         "dtype": _DTYPES[config.dtype],

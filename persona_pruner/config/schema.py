@@ -41,8 +41,8 @@ class BackboneConfig(Section):
     """Type in which the weights are held and run."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off: a model never executes anything."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel of transformers."""
+    attention: Literal["sdpa", "eager", "flash_attention_2", "grouped"] = "sdpa"
+    """Attention kernel of transformers; `grouped` is ours, faster on a CPU where query heads share key-value heads."""
 
 
 class PromptConfig(Section):
