@@ -18,12 +18,12 @@ def config(
     as_json: JsonOption = False,
 ) -> None:
     """Explain every setting of a run configuration, or those below KEY, with its default."""
-    from persona_pruner.config.schema import RunConfig
-
     if as_json and not key:
+        from persona_pruner.config.schema import RunConfig
+
         print(json.dumps(RunConfig.model_json_schema(), indent=1))
         return
-    settings = list(_settings(RunConfig))
+    settings = list(all_settings())
     for prefix in key or ():
         if not any(_is_below(name, prefix) for name, _, _ in settings):
             raise ConfigError(f"{prefix}: no such setting; `persona-pruner config` lists all")
@@ -37,12 +37,18 @@ def config(
         print(textwrap.fill(" ".join(text.split()), width, initial_indent="    ", subsequent_indent="    "))
 
 
+def all_settings() -> Iterator[tuple[str, str, str]]:
+    """(dotted name, default as JSON or "" where required, help) of every setting; lists of sections are `name[].`."""
+    from persona_pruner.config.schema import RunConfig
+
+    yield from _settings(RunConfig)
+
+
 def _is_below(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith((f"{prefix}.", f"{prefix}[]."))
 
 
 def _settings(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted name, default as JSON or "" where required, help) of every setting; lists of sections are `name[].`."""
     for name, field in section.model_fields.items():
         default: Any = field.default
         if isinstance(default, BaseModel):
