@@ -8,7 +8,7 @@ import mkdocs_gen_files
 from persona_pruner.cli.settings import all_settings
 
 commands = subprocess.run(
-    [sys.executable, "-m", "typer", "persona_pruner.cli.app", "utils", "docs", "--name", "persona-pruner"],
+    [sys.executable, "-m", "typer", "persona_pruner.cli", "utils", "docs", "--name", "persona-pruner"],
     capture_output=True,
     text=True,
     check=True,
