@@ -7,21 +7,25 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.errors import EXIT_PERSONAS_FAILED, EXIT_STOPPED, StorageError, UserError
+from persona_pruner.errors import EXIT_PERSONAS_FAILED, EXIT_STOPPED, SourceError, StorageError, UserError
 from persona_pruner.manifest import Manifest, Persona
 from persona_pruner.masks.catalog import build_catalog, write_catalog
+from persona_pruner.run.identity import Identity, check_run, identify
 from persona_pruner.run.lease import Lease
-from persona_pruner.run.plan import Identity, Plan, check_run, identify, make_plan
+from persona_pruner.run.plan import Plan, make_plan
 from persona_pruner.scheduling.persona_job import PersonaJob
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
 from persona_pruner.storage.open import open_storage
+
+if TYPE_CHECKING:
+    from persona_pruner.synthesis.pipeline import SynthesisResult
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +75,7 @@ def run_job(
     `synthesis` and `training` say which half to do: with one off, the other one's data must be there.
     """
     storage = open_storage(output, config.storage)
-    identity = identify(config)
+    identity = identify(config, manifest.personas, storage)
     _check(config, storage, identity)
     for warning in manifest.warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False)
@@ -82,6 +86,8 @@ def run_job(
         from persona_pruner.synthesis.sources import load_questions
 
         load_questions(config.synthesis)
+        if len(identity.references) < 2 and not config.synthesis.references.path:
+            raise SourceError("one persona has no references; set synthesis.references.path to a file of personas")
     with Lease(storage, config.scheduler.lease_seconds) as lease:
         stop = Stop(config, lease)
         storage.put_if_absent(keys.RUN, json.dumps(identity.document(), indent=1).encode())
@@ -176,11 +182,9 @@ class _Job:
         self, todo: Sequence[Persona], arrivals: "queue.Queue[PersonaJob | None]", faults: list[Exception]
     ) -> None:
         """Synthesize and hand over each persona as soon as its data are there."""
-        from persona_pruner.synthesis.pipeline import synthesize
-
         by_id = {persona.id: persona for persona in todo}
         try:
-            for result in synthesize(self.config, self.manifest.personas, list(by_id), self.output):
+            for result in self._synthesized(todo):
                 persona = by_id[result.persona_id]
                 if result.error is None:
                     arrivals.put(PersonaJob(persona))
@@ -194,11 +198,15 @@ class _Job:
         finally:
             arrivals.put(None)
 
-    def _synthesize_only(self, todo: Sequence[Persona]) -> tuple[dict[str, str], bool]:
+    def _synthesized(self, todo: Sequence[Persona]) -> "Iterator[SynthesisResult]":
         from persona_pruner.synthesis.pipeline import synthesize
 
+        ids = [persona.id for persona in todo]
+        return synthesize(self.config, self.manifest.personas, ids, self.output, self.identity.references)
+
+    def _synthesize_only(self, todo: Sequence[Persona]) -> tuple[dict[str, str], bool]:
         failed: dict[str, str] = {}
-        for result in synthesize(self.config, self.manifest.personas, [p.id for p in todo], self.output):
+        for result in self._synthesized(todo):
             if result.error is None:
                 counts = ", ".join(f"{name} {count}" for name, count in result.counts.items())
                 self.console.print(f"data of {result.persona_id}: {counts}", markup=False, highlight=False)

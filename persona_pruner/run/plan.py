@@ -1,48 +1,22 @@
 """What a submission would do: done, to train, to synthesize, and about what it costs. Starts and writes nothing."""
 
-import hashlib
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from persona_pruner.backbone.load import fingerprint, resolve
-from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import is_current
-from persona_pruner.errors import ConfigError, MaskError
+from persona_pruner.errors import MaskError
 from persona_pruner.manifest import Manifest, Persona
 from persona_pruner.masks.catalog import build_catalog
+from persona_pruner.run.identity import Identity
 from persona_pruner.storage import keys
-from persona_pruner.storage.base import NotFoundError, Storage
+from persona_pruner.storage.base import Storage
 
 CHARACTERS_A_TOKEN = 4
 ROW_TOKENS = 80
 """Question and answer of a typical row, for estimates before any data are there."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What makes two runs the same: settings that decide masks, and the backbone's content."""
-
-    config: RunConfig
-    backbone: str
-    fingerprint: str
-    path: Path
-
-    @property
-    def run_id(self) -> str:
-        return hashlib.sha256(f"{self.config.digest()}{self.fingerprint}".encode()).hexdigest()[:16]
-
-    def document(self) -> dict[str, Any]:
-        """run.json."""
-        return {
-            "format": 1,
-            "run_id": self.run_id,
-            "backbone": {"name": self.backbone, "fingerprint": self.fingerprint},
-            "settings": self.config.identity(),
-        }
 
 
 @dataclass(frozen=True)
@@ -67,36 +41,6 @@ class Plan:
             "flop": self.flop,
             "bytes": self.bytes,
         }
-
-
-def identify(config: RunConfig) -> Identity:
-    """Raises BackboneError where there is no usable backbone."""
-    path = resolve(config.backbone)
-    return Identity(config, path.name, fingerprint(path), path)
-
-
-def check_run(storage: Storage, identity: Identity) -> None:
-    """Raise ConfigError where the output was made with other settings or another backbone; name what differs."""
-    try:
-        there = json.loads(storage.get(keys.RUN))
-    except NotFoundError:
-        return
-    if there["run_id"] == identity.run_id:
-        return
-    here = identity.document()
-    differences = [
-        f"{name} is {_show(old)} there and {_show(new)} here"
-        for name, old, new in _differences(there["settings"], here["settings"])
-    ]
-    if there["backbone"]["fingerprint"] != identity.fingerprint:
-        differences.append(
-            f"the backbone is {there['backbone']['name']} {there['backbone']['fingerprint'][:12]} there and "
-            f"{identity.backbone} {identity.fingerprint[:12]} here"
-        )
-    raise ConfigError(
-        f"{storage.url}: was made with another configuration: {'; '.join(differences[:5])}; "
-        "use the same settings or another output"
-    )
 
 
 def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
@@ -158,15 +102,3 @@ def _estimate(identity: Identity, train: list[Persona], synthesize: list[Persona
     scoring = sum(prompts[p.id] + (questions + selected) * ROW_TOKENS // 2 for p in synthesize)
     flop = parameters * (4.0 * training + 2.0 * scoring)
     return training + scoring, flop, (len(train) + len(synthesize)) * (layers * math.ceil(channels / 8) + 1500)
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted({*old, *new})
-        return [d for key in keys for d in _differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
-    return [] if old == new else [(name, old, new)]
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -16,7 +16,7 @@ from ray.exceptions import RayTaskError
 
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import PersonaError, SourceError, StorageError, UserError
-from persona_pruner.manifest import Persona, read_manifest
+from persona_pruner.manifest import Persona
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import NotFoundError
 from persona_pruner.storage.open import open_storage, read_url
@@ -25,7 +25,6 @@ from persona_pruner.synthesis.commit import commit
 from persona_pruner.synthesis.rewrite import OpenAiRewriter, Rewriter
 from persona_pruner.synthesis.scoring_worker import open_backbone
 from persona_pruner.synthesis.select import select_questions
-from persona_pruner.synthesis.sensitivity import choose_references
 from persona_pruner.synthesis.sources import Question, load_questions, normalize_whitespace
 
 LEAST_KEPT = 5
@@ -53,23 +52,28 @@ class _Job:
 
 
 def synthesize(
-    config: RunConfig, personas: Sequence[Persona], todo: Collection[str], output_url: str
+    config: RunConfig,
+    personas: Sequence[Persona],
+    todo: Collection[str],
+    output_url: str,
+    references: Sequence[Persona],
 ) -> Iterator[SynthesisResult]:
     """Synthesize the personas in `todo`; yields each as soon as its data are committed, or it failed.
 
-    `personas` is the whole manifest: it decides tiles and references. Raises SourceError, ManifestError and
-    RewriteError before anything starts where the input is bad.
+    `personas` is the whole manifest, which is cut into tiles. Raises SourceError, ManifestError and RewriteError before
+    anything starts where the input is bad.
     """
     wanted = set(todo)
     if not wanted:
         return
     questions = load_questions(config.synthesis)
-    references = _references(config, personas)
+    if len(references) < 2 and not config.synthesis.references.path:
+        raise SourceError("one persona alone has no references; set synthesis.references.path to a file of personas")
     size = config.synthesis.tile_personas
     tiles = [personas[i : i + size] for i in range(0, len(personas), size)]
     blocks = [[p for p in tile if p.id in wanted] for tile in tiles]
     blocks = [block for block in blocks if block]
-    job = _Job(config, output_url, {}, references, questions)
+    job = _Job(config, output_url, {}, list(references), questions)
     if config.synthesis.rewrite.backend == "openai":
         OpenAiRewriter(config, open_storage(output_url, config.storage))
     if config.synthesis.rewrite.backend == "vllm":
@@ -268,12 +272,3 @@ def evaluation_questions(config: RunConfig, persona_id: str) -> set[str]:
         found = value.get("questions", []) if isinstance(value, dict) else value
         return {normalize_whitespace(question) for question in found if isinstance(question, str)}
     return set()
-
-
-def _references(config: RunConfig, personas: Sequence[Persona]) -> list[Persona]:
-    settings = config.synthesis.references
-    pool = read_manifest(settings.path).personas if settings.path else personas
-    found = choose_references(pool, settings.count, config.synthesis.seed)
-    if len(found) < 2 and not settings.path:
-        raise SourceError("one persona alone has no references; set synthesis.references.path to a file of personas")
-    return found

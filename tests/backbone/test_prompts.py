@@ -6,7 +6,7 @@ from tiny_models import SPECIAL, TEMPLATE, tokenizer
 from transformers.utils import chat_template_utils
 
 from persona_pruner.backbone.prompts import answer_tokens, persona_prefix, question_suffix, render_chat
-from persona_pruner.config.schema import PromptConfig, RunConfig
+from persona_pruner.config.schema import PromptConfig
 from persona_pruner.errors import BackboneError
 
 PROMPT = PromptConfig(system="You are {persona}.")
@@ -102,8 +102,3 @@ def test_a_template_may_ask_for_the_date_in_any_format():
     assert render_chat(made, [{"role": "user", "content": "hi"}], datetime.date(2025, 1, 3)).startswith(
         "<bos>Friday January 3, 25 003 100%<head>"
     )
-
-
-def test_the_date_is_part_of_a_runs_identity():
-    assert RunConfig().digest() != RunConfig(prompt=PromptConfig(date="2025-01-31")).digest()
-    assert RunConfig().digest() == RunConfig(prompt=PromptConfig(date="2024-07-26")).digest()

@@ -40,6 +40,7 @@ def measure(count: int, directory: Path) -> None:
     from persona_pruner.config.load import check_config
     from persona_pruner.manifest import read_manifest
     from persona_pruner.synthesis.pipeline import synthesize
+    from persona_pruner.synthesis.sensitivity import choose_references
 
     config = check_config(
         {
@@ -57,7 +58,8 @@ def measure(count: int, directory: Path) -> None:
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     arrivals = []
-    results = synthesize(config, personas, {p.id for p in personas}, str(directory / f"out{count}"))
+    references = choose_references(personas, config.synthesis.references.count, config.synthesis.seed)
+    results = synthesize(config, personas, {p.id for p in personas}, str(directory / f"out{count}"), references)
     failed = []
     for result in results:
         arrivals.append(time.monotonic())

@@ -76,14 +76,6 @@ def test_paths_in_a_file_count_from_its_directory(tmp_path, monkeypatch):
     assert load_config("there/run.yaml").backbone.path == "there/model"
 
 
-def test_digest_ignores_places_and_resources_but_not_the_method():
-    base = RunConfig()
-    moved = base.model_copy(update={"groups": base.groups.model_copy(update={"max": 7})})
-    assert moved.digest() == base.digest()
-    other = base.model_copy(update={"learning": base.learning.model_copy(update={"seed": 1})})
-    assert other.digest() != base.digest()
-
-
 def test_every_setting_is_documented():
     def undocumented(section, prefix=""):
         for name, field in section.model_fields.items():

@@ -39,7 +39,7 @@ def test_what_stops_the_scoring_actors_is_one_line(tmp_path):
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         with pytest.raises(BackboneError) as caught:
-            list(synthesize(config, people, ["Ann"], str(tmp_path / "out")))
+            list(synthesize(config, people, ["Ann"], str(tmp_path / "out"), people))
     finally:
         ray.shutdown()
     assert str(caught.value) == (

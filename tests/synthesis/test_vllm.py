@@ -37,7 +37,7 @@ def config(tmp_path):
 
 def test_without_the_package_it_is_one_line(tmp_path):
     with pytest.raises(SourceError, match="the package vllm is not installed; use openai or self"):
-        list(pipeline.synthesize(config(tmp_path), PEOPLE, ["p0"], str(tmp_path / "out")))
+        list(pipeline.synthesize(config(tmp_path), PEOPLE, ["p0"], str(tmp_path / "out"), PEOPLE))
 
 
 def test_answers_of_mock_engines_are_put_together_by_persona(tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_answers_of_mock_engines_are_put_together_by_persona(tmp_path, monkeypat
     monkeypatch.setattr(vllm, "engines", lambda config: engines)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        found = pipeline.synthesize(settings, PEOPLE, [p.id for p in PEOPLE], str(tmp_path / "out"))
+        found = pipeline.synthesize(settings, PEOPLE, [p.id for p in PEOPLE], str(tmp_path / "out"), PEOPLE)
         results = {result.persona_id: result for result in found}
     finally:
         ray.shutdown()

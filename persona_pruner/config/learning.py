@@ -1,0 +1,95 @@
+"""Settings of the learning of one mask."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from persona_pruner.config.section import Count, Fraction, Hashed, HashedWhere, NonNegative, Positive, Section
+
+
+class ObjectiveConfig(Section):
+    cross_entropy: Hashed[NonNegative] = 0.0
+    """Weight of the cross-entropy on answer tokens (the paper's objective is this one at 1)."""
+    distillation: Hashed[NonNegative] = 1.0
+    """Weight of KL(unpruned || masked) on answer tokens, under the same persona."""
+    top_logits: Hashed[Count | None] = None
+    """Keep only this many of the unpruned model's logits a token as targets (the rest as one bucket); null keeps
+    all."""
+    logits_chunk: Hashed[Count] = 1024
+    """Answer positions whose logits exist at once (memory: chunk x vocabulary)."""
+
+    @model_validator(mode="after")
+    def _some(self) -> "ObjectiveConfig":
+        if self.cross_entropy == 0 and self.distillation == 0:
+            raise ValueError("cross_entropy and distillation are both 0; one must be above 0")
+        return self
+
+
+class StoppersConfig(Section):
+    plateau_evaluations: Hashed[Count | None] = None
+    """Stop when the held-out loss has not got better by `plateau_delta` for this many evaluations; null is off."""
+    plateau_delta: Hashed[NonNegative] = 0.001
+    """Nats per token."""
+    stability: Hashed[NonNegative | None] = None
+    """Stop when the share of mask bits that changed between two evaluations is at most this; null is off."""
+    seconds: Hashed[Positive | None] = None
+    """Stop a trial after this much training time; null is off. Wall time makes the mask depend on the machine."""
+
+    @property
+    def need_evaluations(self) -> bool:
+        return self.plateau_evaluations is not None or self.stability is not None
+
+
+class HalvingConfig(Section):
+    learning_rates: Hashed[tuple[Positive, ...]] = ()
+    """Grid for successive halving; empty is off. Combined with `ratios` and `inits`."""
+    ratios: Hashed[tuple[Fraction, ...]] = ()
+    inits: Hashed[tuple[str, ...]] = ()
+    rung_steps: Hashed[Count] = 20
+    """Steps of the first rung; each next one doubles them and keeps the better half."""
+
+
+class LearningConfig(Section):
+    ratio: Hashed[Fraction | Literal["auto"]] = 0.5
+    """Share of FFN channels that is pruned; `auto` takes the largest of `ratio_ladder` within `ratio_tolerance`."""
+    ratio_ladder: Hashed[tuple[Fraction, ...]] = (0.25, 0.375, 0.5, 0.625, 0.75)
+    """Ratios that `auto` tries, from the smallest."""
+    ratio_tolerance: Hashed[NonNegative] = 0.05
+    """Held-out loss (nats per token) that `auto` may lose against the unpruned backbone."""
+    channel_multiple: Hashed[Count] = 64
+    """Kept channels per layer are a multiple of this (64 suits tensor cores)."""
+    estimator: Hashed[Literal["ste", "gumbel", "soft_topk"]] = "ste"
+    """How the gradient passes the mask."""
+    temperature: Hashed[Positive] = 1.0
+    """gumbel, soft_topk: temperature of the relaxation."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    init: Hashed[str] = "activation"
+    """First scores: zeros, magnitude, activation, `persona:<id>` (scores of a committed mask), or `mean:<id>,<id>`."""
+    learning_rate: Hashed[Positive] = 0.02
+    """Rate of the scores; they start as ranks in (0, 1)."""
+    schedule: Hashed[Literal["constant", "linear", "cosine"]] = "constant"
+    """Rate over the steps; linear and cosine go down to 0."""
+    average: Hashed[Annotated[float, Field(ge=0, le=1)]] = 0.5
+    """Share of the steps, counted from the end, over which the scores are averaged for the mask; 0 takes the last."""
+    steps: Hashed[Count] = 100
+    """Step budget of one persona."""
+    rows_per_step: Hashed[Count] = 16
+    """Rows (question and answer) of one persona in one step, over all shards."""
+    max_row_tokens: Count = 2048
+    """A longer row makes the persona's data bad (errors/<id>.json, cause row_too_long)."""
+    grad_clip: Hashed[Positive] = 1.0
+    """Norm to which a persona's gradient is clipped."""
+    seed: Hashed[int] = 0
+    """Draws batches, Gumbel noise, random masks."""
+    personas_per_step: Hashed[Count] = 1
+    """Personas that share one step of a group; 1 is the bit-identical mode."""
+    micro_batch_tokens: Hashed[Count] = 16384
+    """Tokens (padding included) of a step that run at once on a shard; lower it where memory is short."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    evaluate_every: Annotated[Count, HashedWhere(lambda learning: learning.stoppers.need_evaluations)] = 50
+    """Steps between held-out evaluations (stoppers look at those)."""
+    keep_scores: bool = False
+    """Store the scores in the mask (float16), for warm starts."""
+    stoppers: StoppersConfig = StoppersConfig()
+    halving: HalvingConfig = HalvingConfig()
