@@ -10,9 +10,9 @@ from persona_pruner.backbone.prompts import persona_prefix
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import Row
 from persona_pruner.errors import PersonaError
-from persona_pruner.learning.batches import TrainingExample
+from persona_pruner.learning.batches import MicroBatchConfig
 from persona_pruner.learning.encoding import encode_rows
-from persona_pruner.learning.objective import MicroBatchConfig, mask_losses
+from persona_pruner.learning.objective import heldout_cross_entropy
 
 
 def heldout_loss(
@@ -25,11 +25,9 @@ def heldout_loss(
     """
     if not rows:
         raise PersonaError("empty", "no rows to measure a loss on")
+
     prefix = persona_prefix(backbone.tokenizer, config.prompt, description)
     encoded = encode_rows(backbone.tokenizer, config.prompt, description, rows, config.learning.max_row_tokens)
-    tokens = sum(row.answer for row in encoded)
-    items = [TrainingExample(0, ("", number), row, 1 / tokens) for number, row in enumerate(encoded)]
     with BackboneRunner(backbone) as runner:
-        masks = None if mask_LI is None else mask_LI.to(backbone.device).float()[None]
-        losses = mask_losses(runner, masks, [prefix], items, MicroBatchConfig(config.learning.objective))
-    return backbone.all_reduce(losses.cross_entropy).item()
+        settings = MicroBatchConfig.of(config, backbone.device)
+        return heldout_cross_entropy(runner, prefix, encoded, mask_LI, settings)

@@ -1,9 +1,9 @@
-"""Rows of one step, cut into passes of similar length and dealt to the shards.
+"""The examples of one step, cut into micro-batches of similar length and dealt to the ranks of a shard group.
 
-Every rank plans for all ranks, so that all run the same sequence of passes and head chunks (their collectives would
-hang otherwise), and every rank takes its own rows out of the plan.
+Every rank plans for all ranks, so that all run the same sequence of micro-batches and head chunks (their collectives
+would hang otherwise), and every rank takes its own rows out of the plan.
 
-Shapes: B rows, T tokens, N answer positions of a pass.
+Shapes: B rows, T tokens, N answer positions of a micro-batch.
 """
 
 from collections.abc import Sequence
@@ -12,25 +12,42 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from persona_pruner.learning.encoding import EncodedRow
+from persona_pruner.backbone.forward import BackboneRunner
+from persona_pruner.config.schema import ObjectiveConfig, RunConfig
+from persona_pruner.learning.encoding import EncodedData, EncodedRow
+
+
+@dataclass(frozen=True)
+class MicroBatchConfig:
+    """How a step is cut into micro-batches, and the objective that they are run for."""
+
+    objective: ObjectiveConfig
+    micro_batch_tokens: int = 16384
+    overhead: int = 16
+    """What starting another micro-batch costs, in tokens."""
+
+    @classmethod
+    def of(cls, config: RunConfig, device: torch.device) -> "MicroBatchConfig":
+        overhead = 1024 if device.type == "cuda" else 16
+        return cls(config.learning.objective, config.learning.micro_batch_tokens, overhead)
 
 
 @dataclass(frozen=True)
 class TrainingExample:
-    """One row of a step. `slot` is the number of its mask in the step, `key` names the row across steps."""
+    """One row of a step. `slot` is the number of its mask and prefix in the step; `key` names the row across steps."""
 
     slot: int
     key: tuple[str, int]
     row: EncodedRow
     weight: float
-    """What each answer token counts in the loss: 1 / answer tokens of the persona in this step; 0 for a filler."""
+    """Weight of each answer token in the loss: 1 / answer tokens of the persona in this step; 0 for a filler."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Rows that run together on one rank. Positions index the flattened [B * T]."""
 
-    items: tuple[TrainingExample, ...]
+    examples: tuple[TrainingExample, ...]
     tokens_BT: Tensor
     slot_B: Tensor
     positions_N: Tensor
@@ -40,41 +57,68 @@ class MicroBatch:
     chunks: int
 
     def split(self, values_N: Tensor) -> list[Tensor]:
-        """`values_N` for each row of the pass."""
-        return list(values_N.split([item.row.answer for item in self.items]))
+        """`values_N` by row of the micro-batch."""
+        return list(values_N.split([example.row.answer for example in self.examples]))
+
+
+def examples_by_prefix(encoded: EncodedData) -> list[tuple[tuple[int, ...], list[TrainingExample]]]:
+    """All training rows in slot 0, by the prefix they stand behind; every answer token has the same weight."""
+    tokens = sum(row.answer for row in encoded.train)
+    groups: dict[int, list[TrainingExample]] = {}
+    for number, row in enumerate(encoded.train):
+        example = TrainingExample(0, (encoded.persona_id, number), row, 1 / tokens)
+        groups.setdefault(row.prefix, []).append(example)
+    return [(encoded.prefixes[number], examples) for number, examples in sorted(groups.items())]
+
+
+def plan(
+    runner: BackboneRunner,
+    examples: Sequence[TrainingExample],
+    prefixes: Sequence[Sequence[int]],
+    settings: MicroBatchConfig,
+) -> tuple[list[MicroBatch], bool]:  # fmt: skip
+    """The micro-batches of this rank, and whether their rows stand behind a shared prefix."""
+    world = runner.backbone.world
+    shared = runner.can_share(prefixes, max(len(example.row.tokens) for example in examples))
+    micro_batches = plan_micro_batches(
+        examples,
+        None if shared else prefixes,
+        settings,
+        rank=world.rank,
+        ranks=world.size,
+        pad=runner.pad,
+    )
+    return [_to(micro_batch, runner.backbone.device) for micro_batch in micro_batches], shared
 
 
 def plan_micro_batches(
-    items: Sequence[TrainingExample],
+    examples: Sequence[TrainingExample],
     prefixes: Sequence[Sequence[int]] | None,
+    settings: MicroBatchConfig,
     *,
     rank: int = 0,
     ranks: int = 1,
     pad: int = 0,
-    device: torch.device | str = "cpu",
-    micro_batch_tokens: int = 16384,
-    overhead: int = 16,
-    logits_chunk: int = 1024,
 ) -> list[MicroBatch]:
-    """The passes of one rank. `prefixes` (one a slot) are put before the rows where the prefix is not shared."""
-    whole = [tuple(prefixes[item.slot]) + item.row.tokens if prefixes else item.row.tokens for item in items]
-    order = sorted(range(len(items)), key=lambda i: (-len(whole[i]), items[i].slot, items[i].key, i))
-    deals = [order[start : start + ranks] for start in range(0, len(order), ranks)]
-    passes = []
-    for start, end in _cut([len(whole[deal[0]]) for deal in deals], micro_batch_tokens, overhead):
+    """The micro-batches of one rank. `prefixes` (one per slot) are put before the rows where no prefix is shared."""
+    tokens = [(*prefixes[e.slot], *e.row.tokens) if prefixes else e.row.tokens for e in examples]
+    by_length = sorted(range(len(examples)), key=lambda i: (-len(tokens[i]), examples[i].slot, examples[i].key, i))
+    deals = [by_length[start : start + ranks] for start in range(0, len(by_length), ranks)]
+    micro_batches = []
+    for start, end in _cut([len(tokens[deal[0]]) for deal in deals], settings.micro_batch_tokens, settings.overhead):
         dealt = [[deal[r] if r < len(deal) else deal[0] for deal in deals[start:end]] for r in range(ranks)]
-        most = max(sum(items[i].row.answer for i in rows) for rows in dealt)
-        mine = [
-            items[i] if rank < len(deal) else replace(items[i], weight=0.0)
+        most_answers = max(sum(examples[i].row.answer for i in rows) for rows in dealt)
+        own = [
+            examples[i] if rank < len(deal) else replace(examples[i], weight=0.0)
             for i, deal in zip(dealt[rank], deals[start:end], strict=True)
         ]
-        tokens = [whole[i] for i in dealt[rank]]
-        passes.append(_pass(mine, tokens, -(-most // logits_chunk), pad, device))
-    return passes
+        chunks = -(-most_answers // settings.objective.logits_chunk)
+        micro_batches.append(_micro_batch(own, [tokens[i] for i in dealt[rank]], chunks, pad))
+    return micro_batches
 
 
 def _cut(lengths: Sequence[int], limit: int, overhead: int) -> list[tuple[int, int]]:
-    """Cut descending lengths into runs [start, end) so that padded tokens plus `overhead` a run are fewest.
+    """Cut descending lengths into runs [start, end) so that padded tokens plus `overhead` per run are fewest.
 
     A run holds at most `limit` padded tokens (one row alone may hold more).
     """
@@ -93,27 +137,39 @@ def _cut(lengths: Sequence[int], limit: int, overhead: int) -> list[tuple[int, i
     return runs[::-1]
 
 
-def _pass(
-    items: Sequence[TrainingExample], tokens: Sequence[Sequence[int]], chunks: int, pad: int, device: torch.device | str
+def _micro_batch(
+    examples: Sequence[TrainingExample], tokens: Sequence[Sequence[int]], chunks: int, pad: int
 ) -> MicroBatch:
     width = max(map(len, tokens))
     positions: list[int] = []
     targets: list[int] = []
     slots: list[int] = []
     weights: list[float] = []
-    for number, (item, ids) in enumerate(zip(items, tokens, strict=True)):
-        first = len(ids) - item.row.answer
+    for number, (example, ids) in enumerate(zip(examples, tokens, strict=True)):
+        first = len(ids) - example.row.answer
         positions += range(number * width + first - 1, number * width + len(ids) - 1)
         targets += ids[first:]
-        slots += [item.slot] * item.row.answer
-        weights += [item.weight] * item.row.answer
+        slots += [example.slot] * example.row.answer
+        weights += [example.weight] * example.row.answer
     return MicroBatch(
-        tuple(items),
-        torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in tokens], device=device),
-        torch.tensor([item.slot for item in items], device=device),
-        torch.tensor(positions, device=device),
-        torch.tensor(targets, device=device),
-        torch.tensor(slots, device=device),
-        torch.tensor(weights, device=device),
+        tuple(examples),
+        torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in tokens]),
+        torch.tensor([example.slot for example in examples]),
+        torch.tensor(positions),
+        torch.tensor(targets),
+        torch.tensor(slots),
+        torch.tensor(weights),
         chunks,
+    )
+
+
+def _to(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
+    return replace(
+        micro_batch,
+        tokens_BT=micro_batch.tokens_BT.to(device),
+        slot_B=micro_batch.slot_B.to(device),
+        positions_N=micro_batch.positions_N.to(device),
+        targets_N=micro_batch.targets_N.to(device),
+        slot_N=micro_batch.slot_N.to(device),
+        weight_N=micro_batch.weight_N.to(device),
     )

@@ -1,4 +1,4 @@
-"""From scores to masks: exactly k channels a layer, and how the gradient passes.
+"""From scores to masks: exactly k channels per layer, and how the gradient passes.
 
 Shapes: L layers, I channels. Every function maps scores [L, I] (float32) to a mask [L, I].
 """
@@ -45,13 +45,13 @@ def relaxed_mask(
 class _SoftTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, logits_LI: Tensor, k: int) -> Tensor:
-        wide = logits_LI.double()
-        low, high = wide.amin(-1, keepdim=True) - 40, wide.amax(-1, keepdim=True) + 40
+        exact = logits_LI.double()
+        low, high = exact.amin(-1, keepdim=True) - 40, exact.amax(-1, keepdim=True) + 40
         for _ in range(60):
             middle = (low + high) / 2
-            above = torch.sigmoid(wide - middle).sum(-1, keepdim=True) > k
+            above = torch.sigmoid(exact - middle).sum(-1, keepdim=True) > k
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        mask_LI = torch.sigmoid(wide - (low + high) / 2)
+        mask_LI = torch.sigmoid(exact - (low + high) / 2)
         ctx.save_for_backward(mask_LI)
         return mask_LI.to(logits_LI.dtype)
 

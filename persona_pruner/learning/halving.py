@@ -5,21 +5,32 @@ to the end.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 
 from persona_pruner.config.schema import LearningConfig
 from persona_pruner.learning.mask_candidate import MaskCandidate
 
 
-def candidates(config: LearningConfig) -> list[tuple[str, float, float, str]]:
-    """(name, ratio, learning rate, init) of every trial that a persona starts with; one where halving is off."""
+@dataclass(frozen=True)
+class CandidateSettings:
+    name: str
+    ratio: float
+    learning_rate: float
+    init: str
+
+
+def candidate_settings(config: LearningConfig) -> list[CandidateSettings]:
+    """The candidates that a persona starts with; one where halving is off."""
     first = min(config.ratio_ladder) if config.ratio == "auto" else config.ratio
     grid = product(
         config.halving.ratios or (first,),
         config.halving.learning_rates or (config.learning_rate,),
         config.halving.inits or (config.init,),
     )
-    return [(f"ratio {ratio}, rate {rate}, init {init}", ratio, rate, init) for ratio, rate, init in grid]
+    return [
+        CandidateSettings(f"ratio {ratio}, rate {rate}, init {init}", ratio, rate, init) for ratio, rate, init in grid
+    ]
 
 
 def is_rung(config: LearningConfig, step: int, left: int) -> bool:
@@ -32,15 +43,15 @@ def is_rung(config: LearningConfig, step: int, left: int) -> bool:
 
 
 def better_half(
-    trials: Sequence[MaskCandidate], dense: float | None, tolerance: float, keep: int | None = None
+    candidates: Sequence[MaskCandidate], unpruned_loss: float | None, tolerance: float, keep: int | None = None
 ) -> list[MaskCandidate]:
     """The better half (rounded up), in the order they had. Candidates within `tolerance` nats of the unpruned loss
     come first, of those the larger ratio; then the lower held-out loss."""
 
-    def rank(trial: MaskCandidate) -> tuple[bool, float, float]:
-        loss = float("inf") if trial.heldout is None else trial.heldout
-        within = dense is not None and loss <= dense + tolerance
-        return not within, -trial.ratio if within else 0.0, loss
+    def rank(candidate: MaskCandidate) -> tuple[bool, float, float]:
+        loss = float("inf") if candidate.heldout is None else candidate.heldout
+        within = unpruned_loss is not None and loss <= unpruned_loss + tolerance
+        return not within, -candidate.ratio if within else 0.0, loss
 
-    best = sorted(trials, key=rank)[: keep or -(-len(trials) // 2)]
-    return [trial for trial in trials if trial in best]
+    best = sorted(candidates, key=rank)[: keep or -(-len(candidates) // 2)]
+    return [candidate for candidate in candidates if candidate in best]

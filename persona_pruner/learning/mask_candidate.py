@@ -4,18 +4,25 @@ Shapes: L layers, I channels.
 """
 
 import json
+import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from persona_pruner.config.schema import LearningConfig
-from persona_pruner.errors import PersonaError
+from persona_pruner.errors import MaskError, PersonaError
 from persona_pruner.learning.encoding import seeded
 from persona_pruner.learning.estimators import kept_channels, relaxed_mask, topk_mask
 from persona_pruner.learning.stoppers import Stopper
+from persona_pruner.masks.format import read_header
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -72,7 +79,7 @@ class MaskCandidate:
         return relaxed_mask(leaf, self.kept, self.config.estimator, self.config.temperature, noise), leaf
 
     def update(self, grad_LI: Tensor) -> None:
-        """One step on the clipped gradient: Adam with one second moment a layer, as Adam-mini (arXiv 2406.16793).
+        """One step on the clipped gradient: Adam with one second moment per layer, as Adam-mini (arXiv 2406.16793).
 
         A second moment of each channel would give channels that do not matter steps as long as those that do, and
         noise decides at the threshold. Betas 0.9 and 0.99.
@@ -99,58 +106,58 @@ class MaskCandidate:
         return self.learning_rate * factor[self.config.schedule]
 
 
-_NUMBERS = (
-    "persona_id",
-    "name",
-    "channels",
-    "ratio",
-    "learning_rate",
-    "step",
-    "rung",
-    "seconds",
-    "tokens",
-    "heldout",
-    "averaged",
-)
+_MADE_WITH = ("persona_id", "channels", "ratio", "learning_rate", "name")
+_TENSORS = ("scores", "first", "second", "mean", "accepted", "last")
+_PROGRESS = ("step", "rung", "seconds", "tokens", "heldout", "averaged")
 
 
-def to_bytes(trials: list[MaskCandidate], data_sha256: str) -> bytes:
-    """A checkpoint of all trials of one persona (safetensors)."""
+def to_bytes(candidates: Sequence[MaskCandidate], data_sha256: str) -> bytes:
+    """A checkpoint of all candidates of one persona (safetensors)."""
     tensors: dict[str, Tensor] = {}
-    numbers = []
-    for index, trial in enumerate(trials):
-        own = {"scores": trial.scores_LI, "first": trial.first_LI, "second": trial.second_L1}
-        own |= {} if trial.mean_LI is None else {"mean": trial.mean_LI}
-        own |= {} if trial.accepted_LI is None else {"accepted": trial.accepted_LI}
-        own |= {} if trial.stopper.last_LI is None else {"last": trial.stopper.last_LI}
-        tensors |= {f"{index}.{name}": tensor.cpu().clone() for name, tensor in own.items()}
-        values = {name: getattr(trial, name) for name in _NUMBERS}
-        numbers.append(values | {"best": trial.stopper.best, "stale": trial.stopper.stale})
-    return save(tensors, {"trials": json.dumps(numbers), "data_sha256": data_sha256})
+    values = []
+    for index, candidate in enumerate(candidates):
+        stopper = candidate.stopper
+        own = {
+            "scores": candidate.scores_LI,
+            "first": candidate.first_LI,
+            "second": candidate.second_L1,
+            "mean": candidate.mean_LI,
+            "accepted": candidate.accepted_LI,
+            "last": stopper.last_LI,
+        }
+        tensors |= {f"{index}.{name}": tensor.cpu().clone() for name, tensor in own.items() if tensor is not None}
+        numbers = {name: getattr(candidate, name) for name in (*_MADE_WITH, *_PROGRESS)}
+        values.append(numbers | {"best": stopper.best, "stale": stopper.stale})
+    return save(tensors, {"candidates": json.dumps(values), "data_sha256": data_sha256})
 
 
 def from_bytes(
     data: bytes, config: LearningConfig, data_sha256: str, device: torch.device
 ) -> list[MaskCandidate] | None:
-    """The trials of a checkpoint, exactly as they were; None where it was made from other data or is unreadable."""
+    """The candidates of a checkpoint, exactly as they were; None where it was made from other data or is unreadable."""
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        header = read_header(data, "checkpoint")
         if header["data_sha256"] != data_sha256:
             return None
         tensors = {name: tensor.to(device) for name, tensor in load(data).items()}
-        trials = []
-        for index, values in enumerate(json.loads(header["trials"])):
-            best, stale = values.pop("best"), values.pop("stale")
-            made = ("persona_id", "channels", "ratio", "learning_rate", "name")
-            trial = MaskCandidate(config=config, scores_LI=tensors[f"{index}.scores"], **{n: values[n] for n in made})
-            for name in set(values) - set(made):
-                setattr(trial, name, values[name])
-            trial.first_LI, trial.second_L1 = tensors[f"{index}.first"], tensors[f"{index}.second"]
-            trial.mean_LI = tensors.get(f"{index}.mean")
-            trial.accepted_LI = tensors.get(f"{index}.accepted")
-            trial.stopper.best, trial.stopper.stale = best, stale
-            trial.stopper.last_LI = tensors.get(f"{index}.last")
-            trials.append(trial)
-        return trials
-    except Exception:
+        return [
+            _restored(config, values, {name: tensors.get(f"{index}.{name}") for name in _TENSORS})
+            for index, values in enumerate(json.loads(header["candidates"]))
+        ]
+    except (MaskError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+        logger.warning("a checkpoint cannot be read (%s: %s); its persona starts anew", type(error).__name__, error)
         return None
+
+
+def _restored(config: LearningConfig, values: dict[str, Any], tensors: dict[str, Tensor | None]) -> MaskCandidate:
+    scores_LI, first_LI, second_L1 = tensors["scores"], tensors["first"], tensors["second"]
+    if scores_LI is None or first_LI is None or second_L1 is None:
+        raise KeyError("scores, first or second")
+    candidate = MaskCandidate(config=config, scores_LI=scores_LI, **{name: values[name] for name in _MADE_WITH})
+    for name in _PROGRESS:
+        setattr(candidate, name, values[name])
+    candidate.first_LI, candidate.second_L1 = first_LI, second_L1
+    candidate.mean_LI, candidate.accepted_LI = tensors["mean"], tensors["accepted"]
+    candidate.stopper.best, candidate.stopper.stale = values["best"], values["stale"]
+    candidate.stopper.last_LI = tensors["last"]
+    return candidate

@@ -10,8 +10,19 @@ from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.schema import LearningConfig
 from persona_pruner.dataset import PersonaData
 from persona_pruner.errors import PersonaError
+from persona_pruner.learning.encoding import PooledData
 from persona_pruner.learning.mask_candidate import MaskCandidate
+from persona_pruner.learning.stoppers import StopReason
 from persona_pruner.masks.format import Mask, MaskMetadata
+
+
+@dataclass(frozen=True)
+class MaskOrigin:
+    """What a mask's header says about where it comes from, besides its settings."""
+
+    data: PersonaData | PooledData
+    unpruned_loss: float | None
+    run_id: str
 
 
 @dataclass(frozen=True)
@@ -31,15 +42,6 @@ class TrainingStatus(StrEnum):
     PAUSED = "paused"
     """Stopped from outside, after a checkpoint."""
     FAILED = "failed"
-
-
-class StopReason(StrEnum):
-    """What ended a training."""
-
-    STEPS = "steps"
-    SECONDS = "seconds"
-    PLATEAU = "plateau"
-    STABLE = "stable"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,19 @@ class TrainingResult:
         return cls(persona_id=persona_id, status=TrainingStatus.FAILED, cause=error.cause, message=str(error))
 
     @classmethod
+    def done(cls, candidate: MaskCandidate, reason: StopReason, mask: Mask | None) -> "TrainingResult":
+        return cls(
+            persona_id=candidate.persona_id,
+            status=TrainingStatus.DONE,
+            step=candidate.step,
+            heldout_loss=candidate.heldout,
+            seconds=candidate.seconds,
+            tokens=candidate.tokens,
+            reason=reason,
+            mask=mask,
+        )
+
+    @classmethod
     def paused(cls, candidates: Sequence[MaskCandidate]) -> "TrainingResult":
         return cls(
             persona_id=candidates[0].persona_id,
@@ -75,21 +90,13 @@ class TrainingResult:
         )
 
 
-def finish(
-    backbone: Backbone,
-    config: LearningConfig,
-    data: PersonaData,
-    candidate: MaskCandidate,
-    unpruned_loss: float | None,
-    reason: StopReason,
-    run_id: str,
-) -> TrainingResult:
-    """The result of a finished candidate. The mask holds nothing that differs between two runs of the same thing."""
+def make_mask(backbone: Backbone, config: LearningConfig, candidate: MaskCandidate, origin: MaskOrigin) -> Mask:
+    """The mask of a finished candidate. It holds nothing that differs between two runs of the same thing."""
     keep_LI = candidate.mask().cpu()
     metadata = MaskMetadata(
-        persona_id=data.persona_id,
-        persona_sha256=hashlib.sha256(data.description.encode()).hexdigest(),
-        persona_description=data.description,
+        persona_id=origin.data.persona_id,
+        persona_sha256=hashlib.sha256(origin.data.description.encode()).hexdigest(),
+        persona_description=origin.data.description,
         backbone=backbone.name,
         backbone_fingerprint=backbone.fingerprint,
         layers=keep_LI.shape[0],
@@ -99,20 +106,10 @@ def finish(
         ratio=candidate.ratio,
         seed=config.seed,
         steps=candidate.step,
-        loss_dense=unpruned_loss,
+        loss_dense=origin.unpruned_loss,
         loss_masked=candidate.heldout,
-        data_sha256=data.sha256,
+        data_sha256=origin.data.sha256,
         versions={name: version(name) for name in ("persona-pruner", "torch", "transformers")},
-        run_id=run_id,
+        run_id=origin.run_id,
     )
-    scores_LI = candidate.learned().cpu().half() if config.keep_scores else None
-    return TrainingResult(
-        persona_id=data.persona_id,
-        status=TrainingStatus.DONE,
-        step=candidate.step,
-        heldout_loss=candidate.heldout,
-        seconds=candidate.seconds,
-        tokens=candidate.tokens,
-        reason=reason,
-        mask=Mask(keep_LI, metadata, scores_LI) if backbone.world.rank == 0 else None,
-    )
+    return Mask(keep_LI, metadata, candidate.learned().cpu().half() if config.keep_scores else None)

@@ -7,7 +7,8 @@ Shapes: L layers, I channels, B rows, N answer positions, D model width.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,8 @@ from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData
-from persona_pruner.learning.batches import TrainingExample
-from persona_pruner.learning.encoding import Encoded, encode, seeded
-from persona_pruner.learning.objective import MicroBatchConfig, plan
+from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, examples_by_prefix, plan
+from persona_pruner.learning.encoding import EncodedData, encode, seeded
 
 
 def magnitude(backbone: Backbone) -> Tensor:
@@ -45,15 +45,16 @@ def random(backbone: Backbone, seed: int) -> Tensor:
 def activation(backbone: Backbone, config: RunConfig, data: PersonaData) -> Tensor:
     """Root mean square of each channel over the answer tokens of data.train, times the norm of its output weights."""
     encoded = encode(backbone.tokenizer, config.prompt, data, config.learning.max_row_tokens)
+    ((prefix, examples),) = examples_by_prefix(encoded)
     with BackboneRunner(backbone) as runner:
-        return activation_scores(runner, encoded, MicroBatchConfig(config.learning.objective))
+        return activation_scores(runner, prefix, examples, MicroBatchConfig.of(config, backbone.device))
 
 
 def contrastive(
     backbone: Backbone, config: RunConfig, data: PersonaData, opposed: PersonaData
 ) -> tuple[Tensor, Tensor]:
     """Scores of two opposed personas that keep what separates them: own activation score minus the other's, each
-    first brought to mean 1 a layer. What one ranks first the other ranks last."""
+    first brought to mean 1 in each layer. What one ranks first the other ranks last."""
     own, other = (activation(backbone, config, rows) for rows in (data, opposed))
     difference = own / own.mean(-1, keepdim=True) - other / other.mean(-1, keepdim=True)
     return difference, -difference
@@ -75,9 +76,20 @@ def contrastive_masks(first_LI: Tensor, second_LI: Tensor, k: int, disjoint: int
     return masks[0], masks[1]
 
 
-def activation_scores(runner: BackboneRunner, encoded: Encoded, settings: MicroBatchConfig) -> Tensor:
-    """`activation` for rows that are tokens already."""
-    squares_LI, tokens = _squares(runner, encoded, settings)
+def activation_scores(
+    runner: BackboneRunner, prefix: Sequence[int], examples: Sequence[TrainingExample], settings: MicroBatchConfig
+) -> Tensor:
+    """`activation` for rows that are tokens already, all behind one prefix."""
+    sums_LI = torch.zeros(runner.masks.layers, runner.masks.channels, device=runner.backbone.device)
+
+    def add(layer: int, hidden_NI: Tensor) -> None:
+        sums_LI[layer] += hidden_NI.square().sum(0)
+
+    with _AnswerPositions() as answers:
+        answers.hooks += record_channels(runner.model, lambda layer, hidden: answers.see(layer, hidden, add))
+        answers.run(runner, prefix, examples, settings)
+    squares_LI = runner.backbone.all_reduce(sums_LI)
+    tokens = sum(example.row.answer for example in examples)
     norms = []
     for ffn in runner.masks.ffns:
         with runner.backbone.gathered_parameters([ffn.output.weight]):
@@ -89,41 +101,44 @@ def rank_normalize(scores_LI: Tensor) -> Tensor:
     """Each layer's scores as ranks, evenly spread over (0, 1): the scale on which learning starts."""
     channels = scores_LI.shape[1]
     order = scores_LI.argsort(dim=-1, stable=True)
-    places = torch.arange(channels, dtype=torch.float32, device=scores_LI.device).expand_as(order)
-    return torch.empty_like(scores_LI, dtype=torch.float32).scatter_(1, order, (places + 0.5) / channels)
+    ranks = torch.arange(channels, dtype=torch.float32, device=scores_LI.device).expand_as(order)
+    return torch.empty_like(scores_LI, dtype=torch.float32).scatter_(1, order, (ranks + 0.5) / channels)
 
 
-def items_of(encoded: Encoded, slot: int = 0) -> list[TrainingExample]:
-    """All training rows of a persona, every answer token counting the same."""
-    tokens = sum(row.answer for row in encoded.train)
-    return [TrainingExample(slot, (encoded.persona_id, n), row, 1 / tokens) for n, row in enumerate(encoded.train)]
+class _AnswerPositions:
+    """Runs examples through the unpruned model and shows hooks what passes at their answer positions."""
 
+    def __init__(self) -> None:
+        self.hooks: list[Any] = []
+        self._positions_N: Tensor | None = None
 
-@torch.no_grad()
-def _squares(runner: BackboneRunner, encoded: Encoded, settings: MicroBatchConfig) -> tuple[Tensor, int]:
-    """Sum of squares of every channel [L, I] over the answer positions of the training rows, and their number."""
-    masks = runner.masks
-    sums_LI = torch.zeros(masks.layers, masks.channels, device=runner.backbone.device)
-    items = items_of(encoded)
-    where: list[Tensor] = []
+    def __enter__(self) -> "_AnswerPositions":
+        return self
 
-    def see(layer: int, hidden: Tensor) -> None:
-        if where:
-            rows_NI = hidden.reshape(-1, hidden.shape[-1]).index_select(0, where[0])
-            sums_LI[layer] += rows_NI.float().square().sum(0)
-
-    masks.set(None)
-    passes, shared = plan(runner, items, [encoded.prefix], settings)
-    prefix = runner.prefix([encoded.prefix]) if shared else None
-    hooks = record_channels(runner.model, see)
-    try:
-        for part in passes:
-            where[:] = [part.positions_N[part.weight_N > 0]]
-            runner.hidden(part.tokens_BT, prefix, part.slot_B)
-    finally:
-        for hook in hooks:
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
             hook.remove()
-    return runner.backbone.all_reduce(sums_LI), sum(item.row.answer for item in items)
+
+    def see(self, key: Any, hidden: Tensor, add: Callable[[Any, Tensor], None]) -> None:
+        """Call `add` with values [N, width] (float32); nothing while the prefix runs."""
+        if self._positions_N is not None:
+            add(key, hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._positions_N).float())
+
+    @torch.no_grad()
+    def run(
+        self,
+        runner: BackboneRunner,
+        prefix: Sequence[int],
+        examples: Sequence[TrainingExample],
+        settings: MicroBatchConfig,
+    ) -> None:
+        runner.masks.set(None)
+        micro_batches, shared = plan(runner, examples, [prefix], settings)
+        prefix_cache = runner.prefix([prefix]) if shared else None
+        for micro_batch in micro_batches:
+            self._positions_N = micro_batch.positions_N[micro_batch.weight_N > 0]
+            runner.hidden(micro_batch.tokens_BT, prefix_cache, micro_batch.slot_B)
+        self._positions_N = None
 
 
 @contextlib.contextmanager
@@ -136,7 +151,7 @@ def wanda(backbone: Backbone, config: RunConfig, data: PersonaData, ratio: float
     assert not backbone.sharded, "evaluation only"
     encoded = encode(backbone.tokenizer, config.prompt, data, config.learning.max_row_tokens)
     with BackboneRunner(backbone) as runner:
-        norms = _input_norms(runner, encoded, MicroBatchConfig(config.learning.objective))
+        norms = _input_norms(runner, encoded, MicroBatchConfig.of(config, backbone.device))
     kept = {}
     try:
         for linear, norm_D in norms.items():
@@ -150,24 +165,19 @@ def wanda(backbone: Backbone, config: RunConfig, data: PersonaData, ratio: float
             linear.weight.data = weight
 
 
-@torch.no_grad()
-def _input_norms(runner: BackboneRunner, encoded: Encoded, settings: MicroBatchConfig) -> dict[nn.Linear, Tensor]:
+def _input_norms(runner: BackboneRunner, encoded: EncodedData, settings: MicroBatchConfig) -> dict[nn.Linear, Tensor]:
     head = runner.model.get_output_embeddings()
     linears = [m for m in runner.model.modules() if isinstance(m, nn.Linear) and m is not head]
     sums = {linear: torch.zeros(linear.in_features, device=runner.backbone.device) for linear in linears}
-    where: list[Tensor] = []
 
-    def see(linear: nn.Module, inputs: Sequence[Tensor]) -> None:
-        if where:
-            rows = inputs[0].reshape(-1, inputs[0].shape[-1]).index_select(0, where[0])
-            sums[linear] += rows.float().square().sum(0)  # type: ignore[index]
+    def add(linear: nn.Linear, inputs_ND: Tensor) -> None:
+        sums[linear] += inputs_ND.square().sum(0)
 
-    hooks = [linear.register_forward_pre_hook(see) for linear in linears]
-    passes, shared = plan(runner, items_of(encoded), [encoded.prefix], settings)
-    prefix = runner.prefix([encoded.prefix]) if shared else None
-    for part in passes:
-        where[:] = [part.positions_N]
-        runner.hidden(part.tokens_BT, prefix, part.slot_B)
-    for hook in hooks:
-        hook.remove()
+    ((prefix, examples),) = examples_by_prefix(encoded)
+    with _AnswerPositions() as answers:
+        for linear in linears:
+            answers.hooks.append(
+                linear.register_forward_pre_hook(lambda module, inputs: answers.see(module, inputs[0], add))
+            )
+        answers.run(runner, prefix, examples, settings)
     return {linear: total.sqrt() for linear, total in sums.items()}

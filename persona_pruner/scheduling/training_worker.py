@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -17,8 +17,9 @@ from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData, read_persona_data, uses_unfinished_answers
 from persona_pruner.errors import MaskError, PersonaError, StorageError
 from persona_pruner.evaluation import table
-from persona_pruner.learning.global_mask import train_global
-from persona_pruner.learning.outcome import Progress, TrainingResult
+from persona_pruner.learning.callbacks import TrainingCallbacks
+from persona_pruner.learning.outcome import Progress, TrainingResult, TrainingStatus
+from persona_pruner.learning.pooled import pooled_config, train_pooled
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.manifest import Persona
 from persona_pruner.masks.format import Mask
@@ -59,35 +60,24 @@ class TrainingWorker:
     def _results(self, personas: Sequence[Persona]) -> list[TrainingResult]:
         results: dict[str, TrainingResult] = {}
         data: list[PersonaData] = []
-        restore: dict[str, bytes] = {}
         for persona in personas:
             try:
                 fetched = self._fetched.pop(persona.id, None)
                 data.append(fetched or self._read(persona))
-                restore |= self._checkpoint_of(persona)
             except PersonaError as error:
                 results[persona.id] = TrainingResult.failed(persona.id, error)
         try:
-            outcomes = self._train(data, restore)
+            results |= self._train(data)
         except StorageError as error:
             if self.config.groups.shards > 1:
                 raise  # the other ranks wait for this one: only a new group helps
             failure = PersonaError("storage", str(error))
             return [results.get(p.id) or TrainingResult.failed(p.id, failure) for p in personas]
-        return [results.get(p.id) or outcomes[p.id] for p in personas]
+        return [results[p.id] for p in personas]
 
-    def _train(self, data: Sequence[PersonaData], restore: Mapping[str, bytes]) -> dict[str, TrainingResult]:
+    def _train(self, data: Sequence[PersonaData]) -> dict[str, TrainingResult]:
         results: dict[str, TrainingResult] = {}
-        outcomes = self.trainer.train(
-            data,
-            run_id=self.run_id,
-            restore=restore,
-            checkpoint=lambda persona_id, state: self.storage.put(keys.checkpoint(persona_id), state),
-            should_stop=self._stop.is_set,
-            progress=self._note,
-            warm_scores=self._warm_scores([each.persona_id for each in data]),
-        )
-        for result in outcomes:
+        for result in self.trainer.train(data, run_id=self.run_id, callbacks=_WorkerCallbacks(self)):
             self._progress.pop(result.persona_id, None)
             if result.mask is not None:
                 commit_mask(self.storage, result.mask)
@@ -98,8 +88,10 @@ class TrainingWorker:
         """The one mask for all personas that the evaluation compares with; None on other ranks than 0."""
         personas, ratio = request
         data = [self._read(persona) for persona in personas]
-        mask = train_global(self.trainer, data, ratio, self.run_id)
-        return None if mask is None else mask.to_bytes()
+        result = train_pooled(self.backbone, pooled_config(self.config, ratio), data, self.run_id)
+        if result.status is TrainingStatus.FAILED:
+            raise PersonaError(result.cause, result.message)
+        return None if result.mask is None else result.mask.to_bytes()
 
     def evaluate(self, task: Any) -> dict[str, dict[str, float]]:
         return table.evaluate_persona(self.backbone, self.config, task)
@@ -123,28 +115,48 @@ class TrainingWorker:
     def progress(self) -> list[Progress]:
         return list(self._progress.values())
 
-    def _note(self, progress: Progress) -> None:
+    def note(self, progress: Progress) -> None:
         self._progress[progress.persona_id] = progress
 
-    def _checkpoint_of(self, persona: Persona) -> dict[str, bytes]:
-        try:
-            return {persona.id: self.storage.get(keys.checkpoint(persona.id))}
-        except NotFoundError:
-            return {}
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
 
-    def _warm_scores(self, persona_ids: Sequence[str]) -> dict[str, torch.Tensor]:
+
+class _WorkerCallbacks(TrainingCallbacks):
+    """Checkpoints and warm starts in the output; progress and stop of the worker."""
+
+    def __init__(self, worker: TrainingWorker) -> None:
+        self.worker, self.storage = worker, worker.storage
+
+    def read_checkpoint(self, persona_id: str) -> bytes | None:
+        try:
+            return self.storage.get(keys.checkpoint(persona_id))
+        except NotFoundError:
+            return None
+
+    def write_checkpoint(self, persona_id: str, data: bytes) -> None:
+        self.storage.put(keys.checkpoint(persona_id), data)
+
+    def warm_scores(self, persona_id: str) -> torch.Tensor | None:
         """For the inits persona:<id> and mean:<id>,<id>: the mean of those masks' scores, for every persona."""
-        kind, _, names = self.config.learning.init.partition(":")
+        kind, _, names = self.worker.config.learning.init.partition(":")
         if kind not in ("persona", "mean"):
-            return {}
+            return None
         scores = []
         for name in names.split(","):
             key = keys.mask(name.strip())
-            found = Mask.from_bytes(self.storage.get(key), f"{self.storage.url}/{key}").scores_LI
-            if found is None:
+            mask = Mask.from_bytes(self.storage.get(key), f"{self.storage.url}/{key}")
+            if mask.scores_LI is None:
                 raise MaskError(f"{self.storage.url}/{key}: holds no scores; make it with learning.keep_scores: true")
-            scores.append(found.float())
-        return dict.fromkeys(persona_ids, torch.stack(scores).mean(0))
+            scores.append(mask.scores_LI.float())
+        return torch.stack(scores).mean(0)
+
+    def should_stop(self) -> bool:
+        return self.worker.stopping
+
+    def report(self, progress: Progress) -> None:
+        self.worker.note(progress)
 
 
 RemoteTrainingWorker: Any = ray.remote(concurrency_groups={"control": 2}, max_restarts=0)(TrainingWorker)  # type: ignore[call-overload]

@@ -23,8 +23,8 @@ from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData
 from persona_pruner.evaluation.likelihood import heldout_loss
 from persona_pruner.learning.estimators import kept_channels, topk_mask
-from persona_pruner.learning.global_mask import train_global
 from persona_pruner.learning.outcome import TrainingStatus
+from persona_pruner.learning.pooled import pooled_config, train_pooled
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.learning.training_free import activation, magnitude, random, wanda
 from persona_pruner.masks.format import Mask
@@ -68,8 +68,8 @@ def compare(backbone: Backbone, who: list[Persona], ratio: float, steps: int) ->
         "random": random(backbone, 0),
         "activation generic": activation(backbone, config, generic()),
     }
-    whole = train_global(MaskTrainer(backbone, config), [p.data() for p in who], ratio, "benchmark")
-    assert whole is not None
+    pooled = train_pooled(backbone, pooled_config(config, ratio), [p.data() for p in who], "benchmark").mask
+    assert pooled is not None
     for number, p in enumerate(who):
         before = time.monotonic()
         other = who[(number + 1) % len(who)]
@@ -85,7 +85,7 @@ def compare(backbone: Backbone, who: list[Persona], ratio: float, steps: int) ->
         for name, data in (("wanda generic", generic()), ("wanda own", p.data())):
             with wanda(backbone, config, data, ratio):
                 add(name, p, None)
-        add("global", p, whole.keep_LI)
+        add("global", p, pooled.keep_LI)
         add("other persona", p, own[other.id])
         print(f"ratio {ratio}, {p.id}: {time.monotonic() - before:.0f} s", flush=True)
     return table

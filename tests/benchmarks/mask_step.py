@@ -23,9 +23,9 @@ from persona_pruner.backbone.channels import ChannelMasks
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone, World
 from persona_pruner.config.schema import ObjectiveConfig
-from persona_pruner.learning.batches import TrainingExample
+from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample
 from persona_pruner.learning.encoding import EncodedRow
-from persona_pruner.learning.objective import MicroBatchConfig, mask_gradient
+from persona_pruner.learning.objective import mask_gradient
 
 PAPER = ObjectiveConfig(cross_entropy=1, distillation=0)
 SHAPES = {
@@ -74,7 +74,7 @@ def naive_step(whole: Backbone, mask_LI: Tensor, prefix: list[int], data: list[E
     with ChannelMasks(model) as masks:
         masks.set(mask)
         options = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        loss = model(**{k: v.to(whole.device) for k, v in options.items()}, use_cache=False).loss
+        loss = model(**{k: v.to(whole.device) for k, v in options.examples()}, use_cache=False).loss
         loss.backward()
     assert mask.grad is not None
     return mask.grad, loss.item()
@@ -84,10 +84,10 @@ def our_step(
     runner: BackboneRunner, mask_LI: Tensor, prefix: list[int], data: list[EncodedRow]
 ) -> tuple[Tensor, float]:
     tokens = sum(row.answer for row in data)
-    items = [TrainingExample(0, ("", number), row, 1 / tokens) for number, row in enumerate(data)]
+    examples = [TrainingExample(0, ("", number), row, 1 / tokens) for number, row in enumerate(data)]
     overhead = 1024 if runner.backbone.device.type == "cuda" else 16
     settings = MicroBatchConfig(PAPER, overhead=overhead)
-    grad, losses = mask_gradient(runner, mask_LI[None], [prefix], items, settings)
+    grad, losses = mask_gradient(runner, mask_LI[None], [prefix], examples, settings)
     return grad[0], losses.total.item()
 
 

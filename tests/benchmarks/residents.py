@@ -16,6 +16,8 @@ from persona_pruner.backbone.load import World, load_backbone
 from persona_pruner.config.load import check_config
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData, Row
+from persona_pruner.learning.callbacks import TrainingCallbacks
+from persona_pruner.learning.outcome import Progress
 from persona_pruner.learning.trainer import MaskTrainer
 
 TEXT = "we walk to the old town and talk about bread, boats, games and the weather of last week"
@@ -39,6 +41,16 @@ def personas(count: int, rows: int) -> list[PersonaData]:
     return made
 
 
+class Record(TrainingCallbacks):
+    """(tokens, seconds) after every step of every persona."""
+
+    def __init__(self, steps: list[tuple[int, float]]) -> None:
+        self.steps = steps
+
+    def report(self, progress: Progress) -> None:
+        self.steps.append((progress.tokens, progress.seconds))
+
+
 def measure(path: str, world: World, cases: list[tuple[int, int]], steps: int) -> list[tuple[float, float]]:
     """Median and spread (largest over smallest) of tokens per second, for each (personas, rows)."""
     torch.set_num_threads(1)
@@ -47,7 +59,7 @@ def measure(path: str, world: World, cases: list[tuple[int, int]], steps: int) -
     for count, rows in cases:
         seen: list[tuple[int, float]] = []
         trainer = MaskTrainer(backbone, configuration(path, rows, steps))
-        trainer.train(personas(count, rows), run_id="r", progress=lambda p: seen.append((p.tokens, p.seconds)))  # noqa: B023
+        trainer.train(personas(count, rows), run_id="r", callbacks=Record(seen))
         rates = []
         for step in range(1, steps):
             now, before = (seen[s * count : (s + 1) * count] for s in (step, step - 1))

@@ -153,17 +153,21 @@ def run_tune(manifest: str, file: str, output: str) -> None:
         from persona_pruner.backbone.load import load_backbone
         from persona_pruner.config.load import load_config
         from persona_pruner.dataset import read_persona_data
+        from persona_pruner.learning.callbacks import TrainingCallbacks
         from persona_pruner.learning.trainer import MaskTrainer
         from persona_pruner.scheduling.training_worker import commit_mask
 
         config, storage = load_config(file), open_storage(output)
+
+        class Checkpoints(TrainingCallbacks):
+            def write_checkpoint(self, persona_id: str, data: bytes) -> None:
+                storage.put(keys.checkpoint(persona_id), data)
+
         trainer = MaskTrainer(load_backbone(config.backbone), config)
         (outcome,) = trainer.train(
             [read_persona_data(storage, personas[choice["persona"]])],
             run_id="tune",
-            checkpoint=lambda persona_id, state: storage.put(keys.checkpoint(persona_id), state),
-            should_stop=lambda: False,
-            progress=lambda progress: None,
+            callbacks=Checkpoints(),
         )
         commit_mask(storage, outcome.mask)
 

@@ -16,6 +16,7 @@ from persona_text import Persona, personas
 from torch import Tensor
 
 from persona_pruner.backbone.load import Backbone, load_backbone
+from persona_pruner.learning.callbacks import TrainingCallbacks
 from persona_pruner.learning.outcome import Progress
 from persona_pruner.learning.trainer import MaskTrainer
 
@@ -23,15 +24,19 @@ from persona_pruner.learning.trainer import MaskTrainer
 def curve(backbone: Backbone, who: Persona, steps: int, every: int, init: str, warm: Tensor | None) -> list[float]:
     """Held-out losses after every `every` steps."""
     config = configuration(steps=steps, evaluate_every=every, init=init, schedule="constant")
-    found: list[float] = []
+    losses: list[float] = []
 
-    def see(progress: Progress) -> None:
-        if progress.heldout_loss is not None and progress.step % every == 1:
-            found.append(progress.heldout_loss)
+    class Curve(TrainingCallbacks):
+        def report(self, progress: Progress) -> None:
+            if progress.heldout_loss is not None and progress.step % every == 1:
+                losses.append(progress.heldout_loss)
 
-    warm_scores = {} if warm is None else {who.id: warm}
-    (outcome,) = MaskTrainer(backbone, config).train([who.data()], run_id="b", progress=see, warm_scores=warm_scores)
-    return [*found, outcome.mask.metadata.loss_masked]  # type: ignore[union-attr]
+        def warm_scores(self, persona_id: str) -> Tensor | None:
+            return warm
+
+    (result,) = MaskTrainer(backbone, config).train([who.data()], run_id="b", callbacks=Curve())
+    assert result.heldout_loss is not None
+    return [*losses, result.heldout_loss]
 
 
 def main() -> None:

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persona_pruner.learning.batches import TrainingExample, plan_micro_batches
+from persona_pruner.config.schema import ObjectiveConfig
+from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, plan_micro_batches
 from persona_pruner.learning.encoding import EncodedRow, batch
 
 
@@ -18,31 +19,34 @@ def made(lengths):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=12), st.integers(1, 3), st.integers(20, 200))
 def test_every_row_runs_once_and_all_ranks_run_the_same_sequence(lengths, ranks, limit):
-    items = made(lengths)
-    plans = [
-        plan_micro_batches(items, None, rank=r, ranks=ranks, micro_batch_tokens=limit, logits_chunk=16)
-        for r in range(ranks)
+    examples = made(lengths)
+    config = MicroBatchConfig(ObjectiveConfig(logits_chunk=16), micro_batch_tokens=limit)
+    plans = [plan_micro_batches(examples, None, config, rank=r, ranks=ranks) for r in range(ranks)]
+    counted = [
+        example.key for plan in plans for micro_batch in plan for example in micro_batch.examples if example.weight
     ]
-    counted = [item.key for plan in plans for part in plan for item in part.items if item.weight]
-    assert sorted(counted) == [item.key for item in items]
-    assert len({tuple((len(part.items), part.chunks) for part in plan) for plan in plans}) == 1
+    assert sorted(counted) == [example.key for example in examples]
+    assert len({tuple((len(micro_batch.examples), micro_batch.chunks) for micro_batch in plan) for plan in plans}) == 1
     for plan in plans:
-        for part in plan:
-            assert part.tokens_BT.numel() <= limit or len(part.items) == 1
-            flat = part.tokens_BT.flatten()
-            assert (flat[part.positions_N + 1] == part.targets_N).all()
-            assert -(-len(part.targets_N) // part.chunks) <= 16
+        for micro_batch in plan:
+            assert micro_batch.tokens_BT.numel() <= limit or len(micro_batch.examples) == 1
+            flat = micro_batch.tokens_BT.flatten()
+            assert (flat[micro_batch.positions_N + 1] == micro_batch.targets_N).all()
+            assert -(-len(micro_batch.targets_N) // micro_batch.chunks) <= 16
 
 
 def test_rows_of_like_length_run_together():
-    passes = plan_micro_batches(made([30, 4, 29, 5]), None, overhead=8)
-    assert [sorted(len(item.row.tokens) for item in part.items) for part in passes] == [[29, 30], [4, 5]]
+    micro_batches = plan_micro_batches(made([30, 4, 29, 5]), None, MicroBatchConfig(ObjectiveConfig(), overhead=8))
+    assert [sorted(len(example.row.tokens) for example in micro_batch.examples) for micro_batch in micro_batches] == [
+        [29, 30],
+        [4, 5],
+    ]
 
 
 def test_a_prefix_that_is_not_shared_stands_before_the_row():
-    (part,) = plan_micro_batches(made([6]), [[7, 8, 9]])
-    assert part.tokens_BT.tolist() == [[7, 8, 9, 1, 2, 3, 4, 5, 6]]
-    assert part.targets_N.tolist() == [4, 5, 6]
+    (micro_batch,) = plan_micro_batches(made([6]), [[7, 8, 9]], MicroBatchConfig(ObjectiveConfig()))
+    assert micro_batch.tokens_BT.tolist() == [[7, 8, 9, 1, 2, 3, 4, 5, 6]]
+    assert micro_batch.targets_N.tolist() == [4, 5, 6]
 
 
 @pytest.mark.parametrize(("rows", "size"), [(10, 4), (3, 16), (7, 7)])

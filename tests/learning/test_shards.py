@@ -12,7 +12,8 @@ from tiny_models import persona_data, save_tiny, tiny, tiny_config
 
 from persona_pruner.backbone.load import World, load_backbone
 from persona_pruner.config.load import check_config
-from persona_pruner.learning.objective import MicroBatchConfig
+from persona_pruner.learning.batches import MicroBatchConfig
+from persona_pruner.learning.callbacks import TrainingCallbacks
 from persona_pruner.learning.outcome import Progress
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.manifest import Persona
@@ -45,11 +46,12 @@ def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, A
     scores = _scores(backbone) if steps != FOREVER else None
     answers = _answers(backbone) if steps != FOREVER else None
 
-    def see(progress: Progress) -> None:
-        if steps == FOREVER and progress.step == 3:
-            queue.put("under way")
+    class Tell(TrainingCallbacks):
+        def report(self, progress: Progress) -> None:
+            if steps == FOREVER and progress.step == 3:
+                queue.put("under way")
 
-    outcomes = MaskTrainer(backbone, config).train(data, run_id="r", progress=see)
+    outcomes = MaskTrainer(backbone, config).train(data, run_id="r", callbacks=Tell())
     loss = heldout_loss(backbone, config, data[0].description, data[0].heldout, None)
     arrays = [o.mask and (o.mask.keep_LI.numpy(), o.mask.scores_LI.numpy()) for o in outcomes]
     return held, arrays, loss, gradient, scores, answers, _in_bfloat16(path, world, data)

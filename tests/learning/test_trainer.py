@@ -11,40 +11,59 @@ from tiny_models import persona_data, save_tiny, tiny, tiny_config
 
 from persona_pruner.backbone.load import load_backbone
 from persona_pruner.dataset import PersonaData, Row
-from persona_pruner.learning.outcome import StopReason, TrainingStatus
+from persona_pruner.learning.callbacks import TrainingCallbacks
+from persona_pruner.learning.outcome import Progress, TrainingStatus
+from persona_pruner.learning.stoppers import StopReason
 from persona_pruner.learning.trainer import MaskTrainer
 
 
-class Stop:
-    """should_stop that says yes once `after` steps were asked about."""
+class Recorder(TrainingCallbacks):
+    """Keeps what the trainer tells; says stop once `stop_after` steps were asked about."""
 
-    def __init__(self, after: int) -> None:
-        self.left = after
+    def __init__(self, stop_after: int = 0, restore: Any = None, warm: Any = None) -> None:
+        self.left, self.restore, self.warm = stop_after, restore or {}, warm or {}
+        self.checkpoints: dict[str, bytes] = {}
+        self.writes: list[str] = []
+        self.progress: list[Progress] = []
 
-    def __call__(self) -> bool:
+    def read_checkpoint(self, persona_id: str) -> bytes | None:
+        return self.restore.get(persona_id)
+
+    def write_checkpoint(self, persona_id: str, data: bytes) -> None:
+        self.checkpoints[persona_id] = data
+        self.writes.append(persona_id)
+
+    def warm_scores(self, persona_id: str) -> torch.Tensor | None:
+        return self.warm.get(persona_id)
+
+    def should_stop(self) -> bool:
         self.left -= 1
-        return self.left <= 0
+        return self.left == 0
+
+    def report(self, progress: Progress) -> None:
+        self.progress.append(progress)
 
 
 def learn(backbone: Any, data: list[PersonaData], **options: Any) -> tuple[list[Any], dict[str, bytes]]:
     learning = options.pop("learning", {})
-    kept: dict[str, bytes] = {}
+    recorder = Recorder(**options)
     trainer = MaskTrainer(backbone, tiny_config(**{"keep_scores": True, **learning}))
-    return trainer.train(data, run_id="run", checkpoint=kept.__setitem__, **options), kept
+    return trainer.train(data, run_id="run", callbacks=recorder), recorder.checkpoints
 
 
 def final_scores(backbone: Any, data: list[PersonaData], steps: int, **learning: Any) -> dict[str, torch.Tensor]:
     """Full-precision scores after `steps`, out of the checkpoints of a stopped run."""
     from safetensors.torch import load
 
-    _, kept = learn(backbone, data, should_stop=Stop(steps), learning={"steps": 90, **learning})
+    _, kept = learn(backbone, data, stop_after=steps, learning={"steps": 90, **learning})
     return {name: load(blob)["0.scores"] for name, blob in kept.items()}
 
 
 def test_training_lowers_the_loss_and_fills_the_mask_in(tmp_path):
-    backbone, seen = tiny(tmp_path), []
-    data = persona_data("Ann")
-    (outcome,), _ = learn(backbone, [data], progress=seen.append, learning={"steps": 60, "init": "zeros"})
+    backbone, recorder = tiny(tmp_path), Recorder()
+    trainer = MaskTrainer(backbone, tiny_config(keep_scores=True, steps=60, init="zeros"))
+    (outcome,) = trainer.train([persona_data("Ann")], run_id="run", callbacks=recorder)
+    seen = recorder.progress
     assert outcome.status == "done"
     assert outcome.reason is StopReason.STEPS
     assert outcome.mask.keep_LI.sum(1).tolist() == [32, 32, 32]
@@ -62,7 +81,7 @@ def test_training_lowers_the_loss_and_fills_the_mask_in(tmp_path):
 def test_a_restored_run_ends_bit_identical_to_an_uninterrupted_one(tmp_path, estimator):
     backbone, learning = tiny(tmp_path), {"steps": 50, "estimator": estimator}
     (whole,), _ = learn(backbone, [persona_data("Ann")], learning=learning)
-    (paused,), kept = learn(backbone, [persona_data("Ann")], learning=learning, should_stop=Stop(23))
+    (paused,), kept = learn(backbone, [persona_data("Ann")], learning=learning, stop_after=23)
     assert (paused.status, paused.step, paused.mask) == ("paused", 23, None)
     torch.manual_seed(99)
     (resumed,), _ = learn(backbone, [persona_data("Ann")], learning=learning, restore=kept)
@@ -72,7 +91,7 @@ def test_a_restored_run_ends_bit_identical_to_an_uninterrupted_one(tmp_path, est
 def test_a_checkpoint_of_other_data_or_broken_bytes_is_not_used(tmp_path):
     backbone = tiny(tmp_path)
     (whole,), _ = learn(backbone, [persona_data("Ann")])
-    _, kept = learn(backbone, [dataclasses.replace(persona_data("Ann"), sha256="old")], should_stop=Stop(7))
+    _, kept = learn(backbone, [dataclasses.replace(persona_data("Ann"), sha256="old")], stop_after=7)
     for blob in (kept["Ann"], kept["Ann"][:50], b""):
         (again,), _ = learn(backbone, [persona_data("Ann")], restore={"Ann": blob})
         assert again.mask.to_bytes() == whole.mask.to_bytes()
@@ -106,10 +125,10 @@ def test_together_is_alone_and_a_poisoned_persona_harms_nobody(tmp_path):
     for name in names:
         assert (together[name] - alone[name]).abs().max() < 1e-5
     poison = {name: scores if name != "Doe" else scores * float("nan") for name, scores in alone.items()}
-    results, _ = learn(backbone, data, warm_scores=poison, learning={"init": "mean:a,b", "steps": 20})
+    results, _ = learn(backbone, data, warm=poison, learning={"init": "mean:a,b", "steps": 20})
     bad = results[3]
     assert (bad.persona_id, bad.status, bad.cause) == ("Doe", "failed", "not_finite")
-    healthy, _ = learn(backbone, data[:3], warm_scores=alone, learning={"init": "mean:a,b", "steps": 20})
+    healthy, _ = learn(backbone, data[:3], warm=alone, learning={"init": "mean:a,b", "steps": 20})
     for one, other in zip(results[:3], healthy, strict=True):
         assert torch.equal(one.mask.keep_LI, other.mask.keep_LI)
 
@@ -157,7 +176,7 @@ def test_auto_takes_the_largest_ratio_within_the_tolerance(tmp_path):
     (strict,), _ = learn(backbone, [persona_data("Ann")], learning={**learning, "ratio_tolerance": 0.0})
     assert strict.mask.metadata.ratio == 0.25
     (_,), kept = learn(backbone, [persona_data("Ann")], learning={**learning, "ratio_tolerance": 50.0},
-                       should_stop=Stop(14))  # fmt: skip
+                       stop_after=14)  # fmt: skip
     (resumed,), _ = learn(backbone, [persona_data("Ann")], learning={**learning, "ratio_tolerance": 50.0}, restore=kept)
     assert resumed.mask.to_bytes() == generous.mask.to_bytes()
 
@@ -169,7 +188,7 @@ def test_halving_drops_what_learns_nothing_and_ends_with_one_mask(tmp_path):
     (halved,), _ = learn(backbone, [persona_data("Ann")], learning=learning)
     (useful,), _ = learn(backbone, [persona_data("Ann")], learning={**start, "learning_rate": 0.03})
     assert torch.equal(halved.mask.keep_LI, useful.mask.keep_LI)
-    _, kept = learn(backbone, [persona_data("Ann")], learning=learning, should_stop=Stop(11))
+    _, kept = learn(backbone, [persona_data("Ann")], learning=learning, stop_after=11)
     (resumed,), _ = learn(backbone, [persona_data("Ann")], learning=learning, restore=kept)
     assert resumed.mask.to_bytes() == halved.mask.to_bytes()
 
@@ -190,15 +209,15 @@ def test_warm_start_needs_scores_of_this_backbone(tmp_path):
     results, _ = learn(tiny(tmp_path), [persona_data("Ann")], learning={"init": "persona:Bob"})
     assert results[0].cause == "no_warm_scores"
     wrong = {"Ann": torch.zeros(1, 2)}
-    results, _ = learn(tiny(tmp_path), [persona_data("Ann")], learning={"init": "persona:Bob"}, warm_scores=wrong)
+    results, _ = learn(tiny(tmp_path), [persona_data("Ann")], learning={"init": "persona:Bob"}, warm=wrong)
     assert "shape" in results[0].message
 
 
 def test_checkpoints_come_at_the_steps_asked_for(tmp_path):
     config = tiny_config(steps=20)
     config = config.model_copy(update={"scheduler": config.scheduler.model_copy(update={"checkpoint_steps": 6})})
-    steps: list[str] = []
+    recorder = Recorder()
     trainer = MaskTrainer(tiny(Path(tmp_path)), config)
-    (outcome,) = trainer.train([persona_data("Ann")], run_id="r", checkpoint=lambda name, data: steps.append(name))
+    (outcome,) = trainer.train([persona_data("Ann")], run_id="r", callbacks=recorder)
     assert outcome.status is TrainingStatus.DONE
-    assert len(steps) == 3
+    assert recorder.writes == ["Ann"] * 3

@@ -36,7 +36,7 @@ def test_activation_is_the_channels_size_at_the_answers_times_its_output_weights
     for row in encoded.train:
         seen = []
         hook = ffn.output.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0][0]))
-        backbone.model(torch.tensor([[*encoded.prefix, *row.tokens]]))
+        backbone.model(torch.tensor([[*encoded.prefixes[0], *row.tokens]]))
         hook.remove()
         squares.append(seen[0][-row.answer - 1 : -1].square())
     wanted = torch.cat(squares).mean(0).sqrt() * ffn.output.weight.norm(dim=0)

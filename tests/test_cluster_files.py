@@ -1,4 +1,4 @@
-"""Files for `ray up`, compose, images and policies, offline; and one real start of two nodes."""
+"""The files under cluster/, offline: Ray's validation, versions, authentication; and one real start of two nodes."""
 
 import json
 import os
@@ -14,13 +14,86 @@ import pytest
 import yaml
 from s3_server import free_port
 
-ROOT = Path(__file__).parents[2]
+from persona_pruner.config.load import load_config
+
+ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
+CRDS = ROOT.parent / "shared" / "kuberay"
 BIN = Path(sys.executable).parent
+KUBERAY = sorted((CLUSTER / "kuberay").glob("*.yaml"))
 
 
 def load(name):
     return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def ray_version():
+    return re.search(r"^ray==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)[1]
+
+
+def cluster_spec(file):
+    spec = yaml.safe_load(file.read_text())["spec"]
+    return spec.get("rayClusterSpec", spec)
+
+
+def strict(schema):
+    """JSON schema of a CRD's OpenAPI schema: unknown fields are refused; what has a default is not required."""
+    if isinstance(schema, list):
+        return [strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: strict(value) for key, value in schema.items()}
+    if schema.pop("x-kubernetes-int-or-string", False):
+        return {"type": ["integer", "string"]}
+    properties = schema.get("properties")
+    if isinstance(properties, dict) and schema.get("type") == "object":
+        schema.setdefault("additionalProperties", False)
+        schema["required"] = [name for name in schema.get("required", []) if "default" not in properties.get(name, {})]
+    return schema
+
+
+@pytest.mark.parametrize("file", KUBERAY, ids=lambda file: file.name)
+def test_kuberay_files_follow_the_custom_resource_definitions(file):
+    if not CRDS.is_dir():
+        pytest.skip("../shared/kuberay (KubeRay's custom resource definitions) is absent")
+    import jsonschema
+
+    document = yaml.safe_load(file.read_text())
+    crds = [crd for path in CRDS.glob("*.yaml") for crd in yaml.safe_load_all(path.read_text()) if crd]
+    (crd,) = [
+        c for c in crds if c["kind"] == "CustomResourceDefinition" and c["spec"]["names"]["kind"] == document["kind"]
+    ]
+    (version,) = [v for v in crd["spec"]["versions"] if f"ray.io/{v['name']}" == document["apiVersion"]]
+    schema = strict(version["schema"]["openAPIV3Schema"]["properties"]["spec"])
+    jsonschema.Draft202012Validator(schema).validate(document["spec"])
+
+
+@pytest.mark.parametrize("file", KUBERAY, ids=lambda file: file.name)
+def test_kuberay_clusters_authenticate_scale_and_keep_work_off_the_head(file):
+    spec = cluster_spec(file)
+    assert spec["rayVersion"] == ray_version()
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["enableInTreeAutoscaling"] is True
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    pods = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    containers = [container for pod in pods for container in pod["template"]["spec"]["containers"]]
+    assert len({container["image"] for container in containers}) == 1
+    for container in containers:
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+    for group in spec["workerGroupSpecs"]:
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+def test_kuberay_job_runs_on_the_same_cluster_as_the_one_that_stays():
+    assert cluster_spec(CLUSTER / "kuberay/rayjob.yaml") == cluster_spec(CLUSTER / "kuberay/raycluster.yaml")
+
+
+def test_kuberay_job_calls_the_entry_point_with_the_example_of_s3():
+    spec = load("kuberay/rayjob.yaml")["spec"]
+    assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "20"
+    words = spec["entrypoint"].split()
+    assert (ROOT / words[1].removeprefix("/opt/persona-pruner/")).is_file()
+    assert load_config(ROOT / "manifests" / "s3.yaml").backbone.path.startswith("s3://")
 
 
 def test_ray_up_file_is_valid_and_carries_the_token():

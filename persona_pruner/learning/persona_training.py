@@ -1,0 +1,94 @@
+"""One persona in training: its rows, its candidate masks, and when what is due for it."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from persona_pruner.config.schema import LearningConfig, SchedulerConfig
+from persona_pruner.dataset import PersonaData
+from persona_pruner.learning import halving
+from persona_pruner.learning.batches import TrainingExample
+from persona_pruner.learning.encoding import EncodedData, PooledData, batch
+from persona_pruner.learning.mask_candidate import MaskCandidate
+from persona_pruner.learning.stoppers import StopReason
+
+
+@dataclass
+class PersonaTraining:
+    """`candidates` is one mask, except while successive halving compares several."""
+
+    data: PersonaData | PooledData
+    encoded: EncodedData
+    candidates: list[MaskCandidate]
+    unpruned_loss: float | None
+    """Held-out loss of the unpruned backbone, nats per token; None without held-out rows."""
+    saved_step: int = 0
+    saved_time: float = field(default_factory=time.monotonic)
+
+    @property
+    def persona_id(self) -> str:
+        return self.data.persona_id
+
+    @property
+    def step(self) -> int:
+        return self.candidates[0].step
+
+    def examples(
+        self, candidate: MaskCandidate, first_slot: int
+    ) -> Iterator[tuple[tuple[int, ...], list[TrainingExample]]]:
+        """The rows of a candidate's next step by the prefix they stand behind, in slots from `first_slot`."""
+        rows, config = self.encoded.train, candidate.config
+        numbers = batch(len(rows), config.rows_per_step, candidate.step, config.seed, self.encoded.sha256)
+        tokens = sum(rows[n].answer for n in numbers)
+        for slot, prefix in enumerate(sorted({rows[n].prefix for n in numbers}), first_slot):
+            yield (
+                self.encoded.prefixes[prefix],
+                [
+                    TrainingExample(slot, (self.persona_id, n), rows[n], 1 / tokens)
+                    for n in numbers
+                    if rows[n].prefix == prefix
+                ],
+            )
+
+    def out_of_time(self, config: LearningConfig) -> bool:
+        limit = config.stoppers.seconds
+        return limit is not None and sum(candidate.seconds for candidate in self.candidates) > limit
+
+    def keep_better_half(self, config: LearningConfig, keep: int | None = None) -> None:
+        self.candidates = halving.better_half(self.candidates, self.unpruned_loss, config.ratio_tolerance, keep)
+
+    def begin_next_ratio(self, config: LearningConfig) -> bool:
+        """For the ratio `auto`: whether training goes on with a larger ratio. Else the candidate holds its final
+        scores: those of the largest ratio within the tolerance."""
+        if config.ratio != "auto":
+            return False
+        ladder, candidate = sorted(config.ratio_ladder), self.candidates[0]
+        accepted = (
+            candidate.heldout is None
+            or self.unpruned_loss is None
+            or candidate.heldout <= self.unpruned_loss + config.ratio_tolerance
+        )
+        if accepted and candidate.rung + 1 < len(ladder):
+            candidate.scores_LI = candidate.accepted_LI = candidate.learned()
+            candidate.rung += 1
+            candidate.ratio = ladder[candidate.rung]
+            candidate.reset()
+            return True
+        if not accepted and candidate.accepted_LI is not None:
+            candidate.scores_LI, candidate.mean_LI = candidate.accepted_LI, None
+            candidate.ratio = ladder[candidate.rung - 1]
+        return False
+
+    def goes_on(self, config: LearningConfig, reason: StopReason | None) -> bool:
+        """Whether training goes on after a step that ended for `reason`, if any."""
+        if reason is None:
+            return True
+        return reason is not StopReason.SECONDS and self.begin_next_ratio(config)
+
+    def checkpoint_due(self, config: SchedulerConfig) -> bool:
+        steps = self.step - self.saved_step
+        late = steps > 0 and time.monotonic() - self.saved_time > config.checkpoint_seconds
+        return steps < 0 or steps >= config.checkpoint_steps or late
+
+    def saved(self) -> None:
+        self.saved_step, self.saved_time = self.step, time.monotonic()

@@ -1,0 +1,93 @@
+"""The unpruned model's distributions at the answer positions: what distillation learns from.
+
+Shapes: N answer positions, D model width, V vocabulary, K logits kept per position.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from persona_pruner.backbone.forward import BackboneRunner
+from persona_pruner.learning.batches import MicroBatch, MicroBatchConfig, TrainingExample, plan
+
+RowKey = tuple[str, int]
+
+
+class TeacherCache:
+    """Answer distributions of the unpruned model, kept by row.
+
+    `top` None: the final hidden states that the logits come from (exact, D instead of V numbers per token). Otherwise
+    the `top` largest log-probabilities of each position and their ids; the rest counts as one bucket.
+    """
+
+    def __init__(self, top: int | None = None) -> None:
+        self.top = top
+        self.rows: dict[RowKey, tuple[Tensor, ...]] = {}
+
+    @torch.no_grad()
+    def collect(
+        self,
+        runner: BackboneRunner,
+        prefix: Sequence[int],
+        examples: Sequence[TrainingExample],
+        settings: MicroBatchConfig,
+    ) -> None:
+        """Run `examples`, which stand behind one prefix, through the unpruned model, on every rank of the world."""
+        runner.masks.set(None)
+        micro_batches, shared = plan(runner, examples, [prefix], settings)
+        prefix_cache = runner.prefix([prefix]) if shared else None
+        states: dict[RowKey, Tensor] = {}
+        for micro_batch in micro_batches:
+            hidden = runner.hidden(micro_batch.tokens_BT, prefix_cache, micro_batch.slot_B)
+            answers_ND = hidden.flatten(0, 1).index_select(0, micro_batch.positions_N)
+            for example, rows_ND in zip(micro_batch.examples, micro_batch.split(answers_ND), strict=True):
+                states[example.key] = rows_ND * (example.weight > 0)
+        if runner.backbone.sharded:
+            states = _share(runner, examples, states)
+        for key, rows_ND in states.items():
+            self.rows[key] = (rows_ND,) if self.top is None else self._largest(runner, rows_ND, settings)
+
+    def _largest(self, runner: BackboneRunner, rows_ND: Tensor, settings: MicroBatchConfig) -> tuple[Tensor, ...]:
+        assert self.top is not None
+        chunks = [
+            runner.logits(chunk_ND).float().log_softmax(-1).topk(self.top, sorted=False)
+            for chunk_ND in rows_ND.split(settings.objective.logits_chunk)
+        ]
+        return torch.cat([chunk.values for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks])
+
+    def teacher_rows(self, micro_batch: MicroBatch) -> tuple[Tensor, ...]:
+        """What is kept for the rows of a micro-batch, over its N answer positions."""
+        kept = [self.rows[example.key] for example in micro_batch.examples]
+        return tuple(torch.cat(values) for values in zip(*kept, strict=True))
+
+    def compare(
+        self, runner: BackboneRunner, teacher_rows: tuple[Tensor, ...], chunk: slice, logq_NV: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """teacher_probs [N, V] such that d KL / d logits = q - teacher_probs, and KL(teacher || q) [N], of a chunk."""
+        if self.top is None:
+            logp_NV = runner.logits(teacher_rows[0][chunk]).float().log_softmax(-1)
+            p_NV = logp_NV.exp()
+            return p_NV, (p_NV * logp_NV.sub_(logq_NV)).sum(-1)
+        logp_NK, ids_NK = teacher_rows[0][chunk], teacher_rows[1][chunk]
+        p_NK, logq_NK = logp_NK.exp(), logq_NV.gather(1, ids_NK)
+        rest_p_N = (1 - p_NK.sum(-1)).clamp_min(1e-9)
+        rest_q_N = (1 - logq_NK.exp().sum(-1)).clamp_min(1e-9)
+        teacher_probs_NV = (logq_NV.exp() * (rest_p_N / rest_q_N)[:, None]).scatter_(1, ids_NK, p_NK)
+        kl_N = (p_NK * (logp_NK - logq_NK)).sum(-1) + rest_p_N * (rest_p_N / rest_q_N).log()
+        return teacher_probs_NV, kl_N
+
+
+def _share(
+    runner: BackboneRunner, examples: Sequence[TrainingExample], states: dict[RowKey, Tensor]
+) -> dict[RowKey, Tensor]:
+    """Give every rank the rows that the others ran: a sum in which each row is nonzero on one rank."""
+    model_width = next(iter(states.values())).shape[1]
+    like = next(iter(states.values()))
+    counts = [example.row.answer for example in examples]
+    own = [
+        states[example.key] if example.key in states else like.new_zeros(count, model_width)
+        for example, count in zip(examples, counts, strict=True)
+    ]
+    rows = runner.backbone.all_reduce(torch.cat(own)).split(counts)
+    return {example.key: row for example, row in zip(examples, rows, strict=True)}

@@ -1,0 +1,41 @@
+import pytest
+import torch
+from tiny_models import persona_data, tiny, tiny_config
+
+from persona_pruner.backbone.forward import BackboneRunner
+from persona_pruner.errors import PersonaError
+from persona_pruner.learning.batches import MicroBatchConfig
+from persona_pruner.learning.encoding import PooledData, encode
+from persona_pruner.learning.init_scores import initial_scores
+from persona_pruner.learning.training_free import activation, magnitude, rank_normalize
+
+CONFIG = tiny_config()
+
+
+def scores(backbone, data, init, warm=None):
+    encoded = encode(backbone.tokenizer, CONFIG.prompt, data, 2048)
+    with BackboneRunner(backbone) as runner:
+        return initial_scores(runner, encoded, init, warm, MicroBatchConfig.of(CONFIG, backbone.device))
+
+
+def test_statistics_enter_as_ranks_within_their_layer(tmp_path):
+    backbone, data = tiny(tmp_path), persona_data("Ann")
+    assert not scores(backbone, data, "zeros").any()
+    assert torch.equal(scores(backbone, data, "magnitude"), rank_normalize(magnitude(backbone)))
+    assert torch.equal(scores(backbone, data, "activation"), rank_normalize(activation(backbone, CONFIG, data)))
+
+
+def test_pooled_rows_start_from_the_mean_of_their_personas(tmp_path):
+    backbone, one, other = tiny(tmp_path), persona_data("Ann"), persona_data("Barbara", rows=5)
+    pooled = scores(backbone, PooledData("pool", (one, other)), "activation")
+    alone = [rank_normalize(activation(backbone, CONFIG, data)) for data in (one, other)]
+    assert torch.allclose(pooled, (alone[0] + alone[1]) / 2)
+
+
+def test_warm_scores_must_be_there_and_fit(tmp_path):
+    backbone, data, warm = tiny(tmp_path), persona_data("Ann"), torch.rand(3, 64).half()
+    assert torch.equal(scores(backbone, data, "persona:bo", warm), warm.float())
+    with pytest.raises(PersonaError, match="no scores were found"):
+        scores(backbone, data, "persona:bo")
+    with pytest.raises(PersonaError, match=r"shape \[1, 2\], this backbone needs \[3, 64\]"):
+        scores(backbone, data, "persona:bo", torch.zeros(1, 2))
