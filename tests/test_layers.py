@@ -24,7 +24,7 @@ ONLY_IN = {
         "synthesis/scoring_worker.py",
         "synthesis/vllm.py",
     ),
-    "deepspeed": ("backbone/load.py",),
+    "deepspeed": ("backbone/load.py", "backbone/operator.py"),
     "boto3": ("storage/s3.py",),
     "botocore": ("storage/s3.py",),
 }

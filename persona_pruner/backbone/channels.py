@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from persona_pruner.errors import BackboneError
+from persona_pruner.errors import BackboneError, MaskError
 
 # Output projection of an FFN -> the linears whose output rows are the same channels. Llama, Mistral, Qwen2/3, Gemma;
-# Phi-3 (gate and up in one matrix); GPT-NeoX; OPT.
+# Phi-3 (gate and up in one matrix); Apertus, Nemotron (no gate); GPT-NeoX, BLOOM, Falcon; OPT, Phi.
 _FFNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("down_proj", ("gate_proj", "up_proj")),
     ("down_proj", ("gate_up_proj",)),
+    ("down_proj", ("up_proj",)),
     ("dense_4h_to_h", ("dense_h_to_4h",)),
     ("fc2", ("fc1",)),
 )
@@ -42,27 +43,23 @@ class Ffn:
 
 def find_ffns(model: nn.Module) -> list[Ffn]:
     """The FFN of every layer, in layer order. Raises BackboneError where a layer has no plain FFN of its own."""
-    found = []
+    ffns = []
     for name, module in model.named_modules():
         children = dict(module.named_children())
         for output, inputs in _FFNS:
-            parts = [children.get(part) for part in (output, *inputs)]
-            if all(isinstance(part, nn.Linear) for part in parts):
-                found.append(Ffn(f"{name}.{output}", parts[0], tuple(parts[1:])))  # type: ignore[arg-type]
+            linears = [children.get(child) for child in (output, *inputs)]
+            if all(isinstance(linear, nn.Linear) for linear in linears):
+                ffns.append(Ffn(f"{name}.{output}", linears[0], tuple(linears[1:])))  # type: ignore[arg-type]
+                break
     config: Any = model.config
     layers = getattr(config, "num_hidden_layers", None)
-    kind = type(model).__name__
-    experts = [name for name in _EXPERTS if getattr(config, name, None)]
-    if not found or len(found) != layers or experts:
-        wanted = " or ".join(f"{'/'.join(inputs)} + {output}" for output, inputs in _FFNS)
+    if not ffns or len(ffns) != layers or any(getattr(config, name, None) for name in _EXPERTS):
+        known = " or ".join(f"{'/'.join(inputs)} + {output}" for output, inputs in _FFNS)
         raise BackboneError(
-            f"{kind}: found {len(found)} feed-forward blocks in {layers} layers; looked for {wanted} (nn.Linear) in "
-            "each layer; mixtures of experts and other layouts cannot be masked"
+            f"{type(model).__name__}: has {len(ffns)} known feed-forward blocks in {layers} layers; known are {known} "
+            "(nn.Linear), one in each layer; mixtures of experts and other layouts cannot be masked"
         )
-    if len({ffn.channels for ffn in found}) > 1:
-        raise BackboneError(f"{kind}: layers differ in FFN channels ({sorted({f.channels for f in found})}); "
-                            "a mask keeps the same number in each")  # fmt: skip
-    return found
+    return ffns
 
 
 class ChannelMasks:
@@ -70,6 +67,12 @@ class ChannelMasks:
 
     def __init__(self, model: nn.Module) -> None:
         self.ffns = find_ffns(model)
+        widths = sorted({ffn.channels for ffn in self.ffns})
+        if len(widths) > 1:
+            raise BackboneError(
+                f"{type(model).__name__}: layers differ in FFN channels ({widths}); "
+                "a backbone that can be masked has the same number in each"
+            )
         self.active: Sequence[Tensor] | None = None
         self._hooks: list[Any] = []
 
@@ -101,7 +104,7 @@ class ChannelMasks:
         self.detach()
 
     def set(self, mask: Tensor | None) -> None:
-        """Use mask [L, I] for all rows, or [B, L, I] with one mask a row (floating, may require grad), or none."""
+        """Use mask [L, I] for all rows, or [B, L, I] with one mask per row (floating, may require grad), or none."""
         if mask is None:
             self.active = None
             return
@@ -113,9 +116,14 @@ class ChannelMasks:
             if self.active is None:
                 return None
             hidden, *rest = inputs
-            mask = self.active[layer].to(hidden.dtype)
+            mask = self.active[layer].to(hidden.device, hidden.dtype)
             if mask.ndim == 1:
                 return (hidden * mask, *rest)
+            rows = hidden.shape[0] if hidden.ndim > 2 else len(mask)
+            if rows != len(mask) or len(hidden) % len(mask):
+                raise MaskError(
+                    f"{len(mask)} masks are on, one per row, and the batch has {rows} rows; give one per row"
+                )
             by_row = hidden.view(mask.shape[0], -1, hidden.shape[-1])
             return ((by_row * mask[:, None]).view(hidden.shape), *rest)
 

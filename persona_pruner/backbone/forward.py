@@ -1,5 +1,4 @@
-"""The body and the head of the backbone, run apart: a persona's prompt prefix once, its rows behind it, logits where
-they are needed.
+"""Forward passes in which a persona's prompt prefix runs once, its rows behind it, and logits exist where needed.
 
 Shapes: P prefixes, B rows, T tokens, D model width, N answer positions, V vocabulary.
 """
@@ -19,7 +18,7 @@ from persona_pruner.backbone.load import Backbone
 from persona_pruner.errors import BackboneError
 
 
-class _Recording(DynamicLayer):
+class _RecordingLayer(DynamicLayer):
     """One layer's keys and values of the last run. It never grows: recomputed layers run twice."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -27,7 +26,7 @@ class _Recording(DynamicLayer):
         return key_states, value_states
 
 
-class _Behind(DynamicLayer):
+class _PrefixLayer(DynamicLayer):
     """One layer's keys and values of prefixes, seen by rows behind them. Nothing is stored: passes are independent."""
 
     def __init__(self, keys: Tensor, values: Tensor, prefix_B: Tensor) -> None:
@@ -74,9 +73,15 @@ class BackboneRunner:
         kinds = {type(layer) for layer in DynamicCache(config=config).layers}
         self._cacheable = kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
         self._window = getattr(config, "sliding_window", None) if DynamicSlidingWindowLayer in kinds else None
+        self._rope_limit, growing = _rope_limit(backbone.model)
+        self._resets = [
+            backbone.model.base_model.register_forward_pre_hook(lambda *_: _reset_rope(growing))  # type: ignore[union-attr,operator]
+        ] if growing else []  # fmt: skip
 
     def close(self) -> None:
         self.masks.detach()
+        for hook in self._resets:
+            hook.remove()
         for layer in self._recomputed:
             del layer.forward
 
@@ -86,19 +91,29 @@ class BackboneRunner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def length_dependent(self) -> bool:
+        """Whether a row that is not behind a shared prefix must run alone, since the longest row of a pass decides the
+        positions of all (longrope, dynamic rope)."""
+        return self._rope_limit is not None
+
     def can_share(self, prefixes: Sequence[Sequence[int]], longest: int) -> bool:
         """Whether rows of up to `longest` tokens give exactly the plain result behind a shared prefix.
 
-        Not with caches that hold more than keys and values. Windows count places: padded prefixes would shift them.
+        Not with caches that hold more than keys and values, nor where a rope turns differently from some length on.
+        Windows count positions: padded prefixes would shift them.
         """
         lengths = {len(prefix) for prefix in prefixes}
         if not self._cacheable or 0 in lengths:
             return False
-        return self._window is None or len(lengths) == 1 or max(lengths) + longest <= self._window
+        total = max(lengths) + longest
+        if self._rope_limit is not None and total > self._rope_limit:
+            return False
+        return self._window is None or len(lengths) == 1 or total <= self._window
 
     def prefix(self, prefixes: Sequence[Sequence[int]]) -> PrefixCache:
         """Keys and values of prompts, with the masks that are set (one for all, or one a prefix)."""
-        layers: list[Any] = [_Recording() for _ in self.masks.ffns]
+        layers: list[Any] = [_RecordingLayer() for _ in self.masks.ffns]
         self._body(self._pad(prefixes), past_key_values=_cache(layers), use_cache=True)
         return PrefixCache([(layer.keys, layer.values) for layer in layers], [len(p) for p in prefixes])
 
@@ -119,7 +134,7 @@ class BackboneRunner:
             padding[:, :width] = torch.arange(width, device=tokens_BT.device) < begins_B[:, None]
         return self._body(
             tokens_BT,
-            past_key_values=_cache([_Behind(k, v, prefix_B) for k, v in prefix.layers]),
+            past_key_values=_cache([_PrefixLayer(k, v, prefix_B) for k, v in prefix.layers]),
             use_cache=True,
             attention_mask=padding,
             position_ids=begins_B[:, None] + torch.arange(length, device=tokens_BT.device),
@@ -135,13 +150,13 @@ class BackboneRunner:
         return torch.tanh(out / cap) * cap if cap else out
 
     def check_head(self) -> None:
-        """Raise BackboneError unless body and head run apart give the logits of the whole model."""
+        """Raise BackboneError unless body and head, run apart, give the model's own logits."""
         tokens = torch.arange(4, device=self.backbone.device)[None] % self.model.config.vocab_size
         self.masks.set(None)
         with torch.no_grad():
             apart = self.logits(self.hidden(tokens)[0])
-            whole = self.backbone.enter(lambda: self.model(tokens, use_cache=False).logits)[0]
-        if not torch.allclose(apart.float(), whole.float(), rtol=1e-3, atol=1e-3):
+            own = self.backbone.enter(lambda: self.model(tokens, use_cache=False).logits)[0]
+        if not torch.allclose(apart.float(), own.float(), rtol=1e-3, atol=1e-3):
             raise BackboneError(f"{type(self.model).__name__}: its logits are not its output layer on its last hidden "
                                 "state; this architecture cannot be trained")  # fmt: skip
 
@@ -188,3 +203,30 @@ def _cache(layers: list[Any]) -> DynamicCache:
     cache = DynamicCache()
     cache.layers = layers
     return cache
+
+
+def _rope_limit(model: nn.Module) -> tuple[int | None, list[Any]]:
+    """Up to how many tokens positions are turned by the same frequencies (None: any number), and the modules whose
+    frequencies remember the longest pass so far."""
+    limits, growing = [], []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if isinstance(kind, str) and "dynamic" in kind:
+                limits.append(module.original_max_seq_len)
+                growing.append((module, layer_type))
+            elif kind == "longrope":
+                parameters = module.config.rope_parameters  # type: ignore[union-attr]
+                parameters = parameters if layer_type is None else parameters[layer_type]  # type: ignore[index]
+                limits.append(parameters["original_max_position_embeddings"])  # type: ignore[index]
+    return (min(limits) if limits else None), growing  # type: ignore[type-var,return-value]
+
+
+def _reset_rope(growing: Sequence[tuple[Any, str | None]]) -> None:
+    """Forget earlier passes: a result must not depend on what ran before."""
+    for module, layer_type in growing:
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        frequencies = getattr(module, f"{prefix}inv_freq")
+        original = getattr(module, f"{prefix}original_inv_freq").to(frequencies.device)
+        module.register_buffer(f"{prefix}inv_freq", original, persistent=False)
+        setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)

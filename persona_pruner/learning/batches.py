@@ -80,6 +80,8 @@ def plan(
     """The micro-batches of this rank, and whether their rows stand behind a shared prefix."""
     world = runner.backbone.world
     shared = runner.can_share(prefixes, max(len(example.row.tokens) for example in examples))
+    if runner.length_dependent and not shared:
+        settings = replace(settings, micro_batch_tokens=1)
     micro_batches = plan_micro_batches(
         examples,
         None if shared else prefixes,

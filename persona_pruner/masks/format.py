@@ -8,7 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from persona_pruner.errors import MaskError
+
+if TYPE_CHECKING:
+    from persona_pruner.backbone.apply import AppliedMasks
 
 FORMAT_VERSION = 1
 
@@ -112,14 +115,15 @@ class Mask:
         union = (self.keep_LI | other.keep_LI).sum().item()
         return (self.keep_LI & other.keep_LI).sum().item() / union
 
-    def apply(self, model: Any) -> Any:
-        """Hook the mask into a Hugging Face model in place and return it."""
-        from persona_pruner.backbone.channels import ChannelMasks
+    def apply(self, model: Any, *, check_backbone: bool = True) -> "AppliedMasks":
+        """Switch the mask on in a loaded transformers model, instead of what is on; the handle's `remove()` gives the
+        unpruned model back. Errors and `check_backbone`: see `apply_masks`, which also takes one mask per row."""
+        from persona_pruner.backbone.apply import apply_masks
 
-        masks = ChannelMasks(model)
-        masks.attach()
-        masks.set(self.keep_LI.to(device=model.device, dtype=model.dtype))
-        return model
+        return apply_masks(model, self, check_backbone=check_backbone)
+
+    on = apply
+    """`with mask.on(model): ...` is unpruned again at the end."""
 
 
 def load_keep_indices(path: str | Path, channels: int, where: str | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_pruner.backbone.load import fingerprint, resolve
+from persona_pruner.backbone.files import fingerprint, resolve
 from persona_pruner.config.schema import RunConfig, SourceConfig, SynthesisConfig
 from persona_pruner.config.section import hashed_contents, hashed_settings
 from persona_pruner.errors import ConfigError

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from persona_pruner.backbone.channels import ChannelMasks
 from persona_pruner.backbone.export import export_pruned
-from persona_pruner.backbone.load import fingerprint
+from persona_pruner.backbone.files import fingerprint
 from persona_pruner.config.schema import BackboneConfig
 from persona_pruner.errors import MaskError
 from persona_pruner.masks.format import Mask, MaskMetadata

@@ -4,7 +4,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
-from persona_pruner.backbone.load import fingerprint, load_backbone, resolve
+from persona_pruner.backbone.files import fingerprint, resolve
+from persona_pruner.backbone.load import load_backbone
 from persona_pruner.config.schema import BackboneConfig
 from persona_pruner.errors import BackboneError
 
