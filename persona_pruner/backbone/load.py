@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from persona_pruner.backbone import attention
+from persona_pruner.backbone.compact import ffn_widths, load_checkpoint
 from persona_pruner.backbone.files import fingerprint, mark_fingerprint, resolve
 from persona_pruner.backbone.operator import load_operator
 from persona_pruner.config.schema import BackboneConfig
@@ -121,6 +122,11 @@ def _load(
     config: BackboneConfig, path: Path, world: World, deepspeed: bool, device: torch.device
 ) -> tuple[nn.Module, list[Any]]:
     auto = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    if world.size > 1 and ffn_widths(auto) is not None:
+        raise BackboneError(
+            f"backbone.path = {config.path}: a compact checkpoint (ffn_widths in its config.json) runs in one process; "
+            "set shards to 1, or export it without --compact"
+        )
     # Looked up before zero.Init is active: that patches tensor construction, and a lazy import inside it fails.
     kind = AutoModelForCausalLM._model_mapping.get(type(auto), None)
     attention.register()
@@ -132,7 +138,7 @@ def _load(
         "use_safetensors": True,
     }
     if not deepspeed and world.size == 1:
-        return _freeze(AutoModelForCausalLM.from_pretrained(path, **options)).to(device), []
+        return _freeze(load_checkpoint(path, **options)).to(device), []
     _join(world, device)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
@@ -140,7 +146,7 @@ def _load(
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0} if world.size > 1 else {"stage": 0},
     }
     keeper = _partition_on_load(settings) if world.size > 1 else None
-    model = _freeze(AutoModelForCausalLM.from_pretrained(path, **options))
+    model = _freeze(load_checkpoint(path, **options))
     if world.size == 1:
         model = model.to(device)
     import deepspeed as ds

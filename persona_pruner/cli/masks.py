@@ -61,6 +61,7 @@ def export(
     backbone: Annotated[str, typer.Option(help="The backbone that it was made for.")],
     to: Annotated[Path, typer.Option(help="Directory of the new checkpoint.")],
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    compact: Annotated[bool, typer.Option(help="Layers of different width, for persona-pruner's own loader.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a smaller Hugging Face checkpoint with only the kept channels, and compare it with the masked backbone."""
@@ -70,8 +71,10 @@ def export(
     from persona_pruner.storage.open import read_url
 
     settings = check_config({"backbone": {"path": backbone, "dtype": dtype}}, "--backbone/--dtype")
-    figures = export_pruned(Mask.from_bytes(read_url(mask), mask), settings.backbone, to)
+    figures = export_pruned(Mask.from_bytes(read_url(mask), mask), settings.backbone, to, compact=compact)
     show({"checkpoint": str(to)} | figures, as_json)
+    if figures["padded_channels"] and not as_json:
+        say("the layers keep different numbers of channels: padded with zeros to the widest; --compact leaves them out")
 
 
 @app.command("import")
