@@ -1,6 +1,7 @@
 """Commands about a run: what it would do, starting it, where it is, what it asked."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,6 +48,7 @@ def plan(
     from persona_pruner.manifest import read_manifest
     from persona_pruner.run.identity import check_run, identify
     from persona_pruner.run.plan import make_plan
+    from persona_pruner.run.preflight import preflight
     from persona_pruner.storage import keys
     from persona_pruner.storage.open import open_storage
 
@@ -54,6 +56,8 @@ def plan(
     personas = read_manifest(manifest)
     storage = open_storage(output, settings.storage)
     storage.check_readable(keys.MASKS)
+    preflight(settings)
+    storage.check_writable()
     identity = identify(settings, personas.personas, storage)
     check_run(storage, identity)
     found = make_plan(personas, storage, identity).summary()
@@ -76,8 +80,12 @@ def submit(
     as_json: JsonOption = False,
 ) -> None:
     """Submit the main job to a Ray cluster and follow its log. Exits with the job's own exit status."""
+    from persona_pruner.config.load import load_config
+    from persona_pruner.run.preflight import preflight_before_submission
     from persona_pruner.run.submit import submit_job
 
+    if Path(config).is_file():
+        preflight_before_submission(load_config(config, set_))
     overrides = [word for value in set_ for word in ("--set", value)]
     command = ["python", "jobs/prune_personas.py", manifest, "--config", config, "--output", output, *overrides]
     raise typer.Exit(submit_job(command, address, working_dir, env, wait, print_json=as_json))

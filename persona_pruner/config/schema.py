@@ -65,6 +65,8 @@ class BackboneConfig(Section):
     """Run code that comes with the model. Off: a model never executes anything."""
     attention: Hashed[Literal["sdpa", "eager", "flash_attention_2", "grouped"]] = "sdpa"
     """Attention kernel of transformers; `grouped` is ours, faster on a CPU where query heads share key-value heads."""
+    exportable: bool = True
+    """Refuse at the start a model whose masks `export` cannot turn into a smaller checkpoint."""
 
 
 class PromptConfig(Section):

@@ -19,6 +19,7 @@ from persona_pruner.masks.catalog import build_catalog, write_catalog
 from persona_pruner.run.identity import Identity, check_run, identify
 from persona_pruner.run.lease import Lease
 from persona_pruner.run.plan import Plan, make_plan
+from persona_pruner.run.preflight import gpus_of_nodes, preflight
 from persona_pruner.scheduling.persona_job import PersonaJob
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
@@ -75,6 +76,7 @@ def run_job(
     `synthesis` and `training` say which half to do: with one off, the other one's data must be there.
     """
     storage = open_storage(output, config.storage)
+    preflight(config, synthesis=synthesis, nodes=gpus_of_nodes(config))
     identity = identify(config, manifest.personas, storage)
     _check(config, storage, identity)
     for warning in manifest.warnings:

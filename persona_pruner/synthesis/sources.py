@@ -65,10 +65,7 @@ def _cut(parts: list[list[Question]], weights: Sequence[float], wanted: int, see
 def _read(source: SourceConfig) -> list[Question]:
     where = f"source {source.path}"
     rows = _rows(source, where)
-    columns = rows.column_names
-    for column in (source.question, source.answer):
-        if column is not None and column not in columns:
-            raise SourceError(f"{where}: no column {column!r}; found {', '.join(columns)}")
+    _require_columns(source, where, rows.column_names)
     questions = []
     for number, row in enumerate(rows, 1):
         text = row[source.question]
@@ -91,8 +88,27 @@ def _read(source: SourceConfig) -> list[Question]:
     return questions
 
 
-def _rows(source: SourceConfig, where: str) -> Any:
-    """A datasets.Dataset."""
+def check_columns(source: SourceConfig) -> None:
+    """Raise SourceError where a source cannot be read or lacks a column. Reads no more than its beginning."""
+    where = f"source {source.path}"
+    rows = _rows(source, where, streaming=True)
+    try:
+        first = next(iter(rows), None)
+    except Exception as error:
+        raise SourceError(f"{where}: cannot be read: {str(error.__cause__ or error).strip()[:200]}") from None
+    if first is None:
+        raise SourceError(f"{where}: has no rows")
+    _require_columns(source, where, list(first))
+
+
+def _require_columns(source: SourceConfig, where: str, columns: Sequence[str]) -> None:
+    for column in (source.question, source.answer):
+        if column is not None and column not in columns:
+            raise SourceError(f"{where}: no column {column!r}; found {', '.join(columns)}")
+
+
+def _rows(source: SourceConfig, where: str, *, streaming: bool = False) -> Any:
+    """A datasets.Dataset, or an IterableDataset where `streaming`."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -110,8 +126,10 @@ def _rows(source: SourceConfig, where: str) -> Any:
             kind = str(kinds.pop())
             if all(file.stat().st_size == 0 for file in files):
                 raise SourceError(f"{where}: is empty")
-            return datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train")
-        return datasets.load_dataset(source.path, split=source.split)
+            return datasets.load_dataset(
+                kind, data_files=[str(file) for file in files], split="train", streaming=streaming
+            )
+        return datasets.load_dataset(source.path, split=source.split, streaming=streaming)
     except SourceError:
         raise
     except Exception as error:
