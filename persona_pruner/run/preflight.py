@@ -107,8 +107,8 @@ def check_gpus(config: RunConfig, nodes: NodeGpus) -> None:
     for name, actors in (("groups", config.groups), ("synthesis.actors", config.synthesis.actors)):
         if nodes.final and actors.num_gpus > nodes.most:
             raise ConfigError(
-                f"{name}.num_gpus = {actors.num_gpus:g}: no node has more than {nodes.most:g} GPUs; lower it, and raise "
-                f"{name}.shards where the model does not fit"
+                f"{name}.num_gpus = {actors.num_gpus:g}: no node has more than {nodes.most:g} GPUs; lower it, "
+                f"and raise {name}.shards where the model does not fit"
             )
 
 
