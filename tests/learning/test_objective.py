@@ -124,7 +124,7 @@ def test_a_rope_that_turns_differently_in_long_prompts(tmp_path):
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0, 8.0, 16.0, 32.0]}
     backbone = tiny(tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=100)
     personas, masks = encoded(backbone, ["Ann"]), some_masks(backbone, 1)
-    lengths = [len(personas[0].prefix) + len(row.tokens) for row in personas[0].train]
+    lengths = [len(personas[0].prefixes[0]) + len(row.tokens) for row in personas[0].train]
     assert min(lengths) < 100 < max(lengths), lengths
     assert_same(fast(backbone, masks, personas, MicroBatchConfig(BOTH)), naive(backbone, masks, personas, BOTH))
 
