@@ -56,6 +56,10 @@ class LearningConfig(Section):
     """Ratios that `auto` tries, from the smallest."""
     ratio_tolerance: Hashed[NonNegative] = 0.05
     """Held-out loss (nats per token) that `auto` may lose against the unpruned backbone."""
+    budget: Hashed[Literal["uniform", "free", "profile"]] = "uniform"
+    """How the kept channels are shared among the layers. uniform: the same number in each. free: as many as one top-k
+    over all layers leaves them, by what their channels are worth (Fisher), at least `channel_multiple`. profile: the
+    same, rounded to multiples of `channel_multiple`."""
     channel_multiple: Hashed[Count] = 64
     """Kept channels per layer are a multiple of this (64 suits tensor cores)."""
     estimator: Hashed[Literal["ste", "gumbel", "soft_topk"]] = "ste"
@@ -64,7 +68,8 @@ class LearningConfig(Section):
     """gumbel, soft_topk: temperature of the relaxation."""
     objective: ObjectiveConfig = ObjectiveConfig()
     init: Hashed[str] = "activation"
-    """First scores: zeros, magnitude, activation, `persona:<id>` (scores of a committed mask), or `mean:<id>,<id>`."""
+    """First scores: zeros, magnitude, activation, fisher (squared gradients of the mask, on up to 96 rows),
+    `persona:<id>` (scores of a committed mask), or `mean:<id>,<id>`."""
     learning_rate: Hashed[Positive] = 0.02
     """Rate of the scores; they start as ranks in (0, 1)."""
     schedule: Hashed[Literal["constant", "linear", "cosine"]] = "constant"
@@ -93,3 +98,9 @@ class LearningConfig(Section):
     """Store the scores in the mask (float16), for warm starts."""
     stoppers: StoppersConfig = StoppersConfig()
     halving: HalvingConfig = HalvingConfig()
+
+    @model_validator(mode="after")
+    def _fixed_ratio(self) -> "LearningConfig":
+        if self.budget != "uniform" and self.ratio == "auto":
+            raise ValueError(f"budget = {self.budget} needs a fixed ratio, not auto")
+        return self

@@ -57,7 +57,7 @@ class EvaluationTask:
 def evaluate_persona(backbone: Backbone, config: RunConfig, task: EvaluationTask) -> dict[str, dict[str, float]]:
     """Loss by text and method. Every rank of a shard group calls it."""
     masks = {name: Mask.from_bytes(data, f"{name} mask of {task.persona_id}") for name, data in task.masks.items()}
-    kept = masks["own"].metadata.kept
+    kept = masks["own"].keep_LI.sum(1)
     keeps_LI: dict[str, Tensor | None] = {"unpruned": None, **{name: mask.keep_LI for name, mask in masks.items()}}
     keeps_LI["magnitude"] = topk_mask(magnitude(backbone), kept)
     keeps_LI["random"] = topk_mask(random(backbone, config.learning.seed), kept)

@@ -56,6 +56,10 @@ class MicroBatch:
     weight_N: Tensor
     chunks: int
 
+    def with_unit_weights(self) -> "MicroBatch":
+        """The same rows with weight 1 for every token; fillers keep 0."""
+        return replace(self, weight_N=(self.weight_N > 0).float())
+
     def split(self, values_N: Tensor) -> list[Tensor]:
         """`values_N` by row of the micro-batch."""
         return list(values_N.split([example.row.answer for example in self.examples]))

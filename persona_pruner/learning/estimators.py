@@ -1,4 +1,4 @@
-"""From scores to masks: exactly k channels per layer, and how the gradient passes.
+"""From scores to masks: exactly so many channels per layer, and how the gradient passes.
 
 Shapes: L layers, I channels. Every function maps scores [L, I] (float32) to a mask [L, I].
 """
@@ -11,45 +11,46 @@ from torch import Tensor
 Method = Literal["ste", "gumbel", "soft_topk"]
 
 
-def kept_channels(channels: int, ratio: float, multiple: int) -> int:
-    """k = round((1 - ratio) * channels) to the next multiple of `multiple`, at least one multiple, at most all."""
-    multiple = min(multiple, channels)
-    return min(max(round((1 - ratio) * channels / multiple), 1) * multiple, channels)
-
-
-def topk_mask(scores_LI: Tensor, k: int) -> Tensor:
-    """Bool mask of the k largest scores of each layer; among equal scores the lower channel wins."""
-    order = scores_LI.sort(dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(scores_LI, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+def topk_mask(scores_LI: Tensor, widths_L: Tensor | int) -> Tensor:
+    """Bool mask of each layer's largest scores, as many as its width; among equal scores the lower channel wins."""
+    order_LI = scores_LI.sort(dim=-1, descending=True, stable=True).indices
+    rank_I = torch.arange(scores_LI.shape[-1], device=scores_LI.device)
+    kept_LI = rank_I < torch.as_tensor(widths_L, device=scores_LI.device).reshape(-1, 1)
+    return torch.zeros_like(scores_LI, dtype=torch.bool).scatter_(-1, order_LI, kept_LI.expand_as(order_LI))
 
 
 def relaxed_mask(
-    scores_LI: Tensor, k: int, method: Method = "ste", temperature: float = 1.0, noise: torch.Generator | None = None
+    scores_LI: Tensor,
+    widths_L: Tensor | int,
+    method: Method = "ste",
+    temperature: float = 1.0,
+    noise: torch.Generator | None = None,
 ) -> Tensor:
     """The mask of a training step, float32 with a gradient for the scores.
 
     ste: hard top-k forward, identity backward (Bengio et al. 2013). gumbel: hard top-k of scores + Gumbel noise drawn
-    from `noise`, backward of k * softmax((scores + noise) / temperature). soft_topk: sigmoid((scores - t) /
-    temperature) both ways, with the threshold t of each layer such that the mask sums to k.
+    from `noise`, backward of width * softmax((scores + noise) / temperature). soft_topk: sigmoid((scores - t) /
+    temperature) both ways, with the threshold t of each layer such that the mask sums to its width.
     """
+    width_L1 = torch.as_tensor(widths_L, device=scores_LI.device).reshape(-1, 1)
     if method == "ste":
-        return topk_mask(scores_LI.detach(), k).float() + (scores_LI - scores_LI.detach())
+        return topk_mask(scores_LI.detach(), widths_L).float() + (scores_LI - scores_LI.detach())
     if method == "gumbel":
         uniform = torch.rand(scores_LI.shape, generator=noise).clamp_(1e-9, 1 - 1e-7).to(scores_LI.device)
         noisy = scores_LI - (-uniform.log()).log()
-        soft = k * torch.softmax(noisy / temperature, -1)
-        return topk_mask(noisy.detach(), k).float() + (soft - soft.detach())
-    return _SoftTopK.apply(scores_LI / temperature, k)
+        soft = width_L1 * torch.softmax(noisy / temperature, -1)
+        return topk_mask(noisy.detach(), widths_L).float() + (soft - soft.detach())
+    return _SoftTopK.apply(scores_LI / temperature, width_L1)
 
 
 class _SoftTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, logits_LI: Tensor, k: int) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, logits_LI: Tensor, width_L1: Tensor) -> Tensor:
         exact = logits_LI.double()
         low, high = exact.amin(-1, keepdim=True) - 40, exact.amax(-1, keepdim=True) + 40
         for _ in range(60):
             middle = (low + high) / 2
-            above = torch.sigmoid(exact - middle).sum(-1, keepdim=True) > k
+            above = torch.sigmoid(exact - middle).sum(-1, keepdim=True) > width_L1
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
         mask_LI = torch.sigmoid(exact - (low + high) / 2)
         ctx.save_for_backward(mask_LI)
@@ -57,7 +58,7 @@ class _SoftTopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        """The threshold moves with the scores so that the sum stays k: s * (g - <s, g> / <s, 1>), s = m (1 - m)."""
+        """The threshold moves with the scores so that the sum stays: s * (g - <s, g> / <s, 1>), s = m (1 - m)."""
         (mask_LI,) = ctx.saved_tensors  # type: ignore[attr-defined]
         grad = grads[0].double()
         slope = mask_LI * (1 - mask_LI)

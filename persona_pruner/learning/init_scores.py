@@ -1,42 +1,107 @@
-"""The scores with which learning starts.
+"""Where learning starts: the first scores, and how many channels each layer keeps.
 
 Shapes: L layers, I channels.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from persona_pruner.backbone.forward import BackboneRunner
+from persona_pruner.config.schema import LearningConfig
 from persona_pruner.errors import PersonaError
 from persona_pruner.learning.batches import MicroBatchConfig, examples_by_prefix
-from persona_pruner.learning.encoding import EncodedData
+from persona_pruner.learning.budgets import free_widths, kept_channels, rounded_widths
+from persona_pruner.learning.encoding import EncodedData, batch
+from persona_pruner.learning.fisher import fisher_scores
 from persona_pruner.learning.training_free import activation_scores, magnitude, rank_normalize
 
+FISHER_ROWS = 96
+"""Rows, over all personas, from which Fisher scores are taken: more hardly change them and cost a step each 16."""
+FISHER_ROWS_PER_PERSONA = 8
 
-def initial_scores(
-    runner: BackboneRunner, encoded: EncodedData, init: str, warm_LI: Tensor | None, settings: MicroBatchConfig
-) -> Tensor:
-    """Scores [L, I] (float32) for an `init` of the configuration.
 
-    Statistics enter as ranks within their layer, over (0, 1), so that a learning rate means the same for each of them;
-    of pooled rows, as the mean of the personas' ranks. `persona:` and `mean:` take `warm_LI`, the trained scores that
-    the caller has looked up.
+@dataclass(frozen=True)
+class StartingPoint:
+    """`widths_L` (int64) is None where every layer keeps the same number."""
+
+    scores_LI: Tensor
+    widths_L: Tensor | None = None
+
+
+class StartingPoints:
+    """Starting points of one persona (or pool); statistics that several of them need are computed once.
+
+    `warm_LI`: scores for the inits `persona:` and `mean:`, which the caller has looked up.
     """
-    masks, device = runner.masks, runner.backbone.device
-    if init == "zeros":
-        return torch.zeros(masks.layers, masks.channels, device=device)
-    if init == "activation":
-        groups = examples_by_prefix(encoded)
-        ranks = [rank_normalize(activation_scores(runner, *group, settings)) for group in groups]
-        return torch.stack(ranks).mean(0)
-    if init == "magnitude":
-        return rank_normalize(magnitude(runner.backbone))
-    if warm_LI is None:
-        raise PersonaError("no_warm_scores", f"{encoded.persona_id}: learning.init = {init}: no scores were found")
-    if warm_LI.shape != (masks.layers, masks.channels):
-        raise PersonaError(
-            "no_warm_scores",
-            f"{encoded.persona_id}: learning.init = {init}: scores of shape {list(warm_LI.shape)}, this backbone needs "
-            f"{[masks.layers, masks.channels]}",
-        )
-    return warm_LI.to(device, torch.float32)
+
+    def __init__(
+        self,
+        runner: BackboneRunner,
+        encoded: EncodedData,
+        config: LearningConfig,
+        settings: MicroBatchConfig,
+        warm_LI: Tensor | None = None,
+    ) -> None:
+        self.runner, self.encoded, self.config, self.settings = runner, encoded, config, settings
+        self.warm_LI = warm_LI
+        self._fisher_LI: Tensor | None = None
+
+    def start(self, init: str, ratio: float) -> StartingPoint:
+        """For an `init` of the configuration. Raises PersonaError (no_warm_scores)."""
+        return StartingPoint(self.scores(init), self.widths(ratio))
+
+    def scores(self, init: str) -> Tensor:
+        """Scores [L, I] (float32).
+
+        Statistics enter as ranks within their layer, over (0, 1), so that a learning rate means the same for each of
+        them; of pooled rows, as the mean over the personas.
+        """
+        masks, device = self.runner.masks, self.runner.backbone.device
+        if init == "zeros":
+            return torch.zeros(masks.layers, masks.channels, device=device)
+        if init == "activation":
+            groups = examples_by_prefix(self.encoded)
+            ranks = [rank_normalize(activation_scores(self.runner, *group, self.settings)) for group in groups]
+            return torch.stack(ranks).mean(0)
+        if init == "fisher":
+            return rank_normalize(self.fisher())
+        if init == "magnitude":
+            return rank_normalize(magnitude(self.runner.backbone))
+        return self._warm(init)
+
+    def widths(self, ratio: float) -> Tensor | None:
+        """Channels per layer (int64 [L]) for the budget of the configuration, None where it is uniform."""
+        if self.config.budget == "uniform":
+            return None
+        fisher_LI, multiple = self.fisher(), self.config.channel_multiple
+        layers, channels = fisher_LI.shape
+        total = layers * kept_channels(channels, ratio, multiple)
+        widths_L = free_widths(fisher_LI, total, multiple)
+        return rounded_widths(widths_L, channels, multiple) if self.config.budget == "profile" else widths_L
+
+    def fisher(self) -> Tensor:
+        """Mean over the personas of their Fisher scores [L, I]."""
+        if self._fisher_LI is None:
+            groups = examples_by_prefix(self.encoded)
+            rows = max(FISHER_ROWS // len(groups), FISHER_ROWS_PER_PERSONA)
+            scores = []
+            for prefix, examples in groups:
+                chosen = batch(len(examples), rows, 0, self.config.seed, self.encoded.sha256)
+                some = [examples[number] for number in sorted(chosen)]
+                scores.append(fisher_scores(self.runner, prefix, some, self.settings))
+            self._fisher_LI = torch.stack(scores).mean(0)
+        return self._fisher_LI
+
+    def _warm(self, init: str) -> Tensor:
+        masks, persona_id = self.runner.masks, self.encoded.persona_id
+        if self.warm_LI is None:
+            raise PersonaError("no_warm_scores", f"{persona_id}: learning.init = {init}: no scores were found")
+        if self.warm_LI.shape != (masks.layers, masks.channels):
+            raise PersonaError(
+                "no_warm_scores",
+                f"{persona_id}: learning.init = {init}: scores of shape {list(self.warm_LI.shape)}, this backbone "
+                f"needs {[masks.layers, masks.channels]}",
+            )
+        return self.warm_LI.to(self.runner.backbone.device, torch.float32)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from persona_pruner.config.schema import LearningConfig
 from persona_pruner.errors import MaskError, PersonaError
+from persona_pruner.learning.budgets import kept_channels
 from persona_pruner.learning.encoding import seeded
-from persona_pruner.learning.estimators import kept_channels, relaxed_mask, topk_mask
+from persona_pruner.learning.estimators import relaxed_mask, topk_mask
 from persona_pruner.learning.stoppers import Stopper
 from persona_pruner.masks.format import read_header
 
@@ -36,6 +37,8 @@ class MaskCandidate:
     ratio: float
     learning_rate: float
     name: str = ""
+    widths_L: Tensor | None = None
+    """Channels per layer (int64) where the budget is not uniform; they stay as they are at the start."""
     step: int = 0
     rung: int = 0
     seconds: float = 0.0
@@ -60,9 +63,12 @@ class MaskCandidate:
         self.second_L1 = torch.zeros_like(self.scores_LI[:, :1])
         self.stopper = Stopper(self.config.stoppers)
 
-    @property
-    def kept(self) -> int:
-        return kept_channels(self.channels, self.ratio, self.config.channel_multiple)
+    def widths(self) -> Tensor:
+        """Channels that each layer keeps, int64 [L]."""
+        if self.widths_L is not None:
+            return self.widths_L
+        kept = kept_channels(self.channels, self.ratio, self.config.channel_multiple)
+        return torch.full((len(self.scores_LI),), kept, device=self.scores_LI.device)
 
     def learned(self) -> Tensor:
         """The scores that the mask is made of: averaged over the tail of the training (Polyak), once it is reached."""
@@ -70,13 +76,13 @@ class MaskCandidate:
 
     def mask(self) -> Tensor:
         """The hard mask, bool [L, I]."""
-        return topk_mask(self.learned(), self.kept)
+        return topk_mask(self.learned(), self.widths())
 
     def training_mask(self) -> tuple[Tensor, Tensor]:
         """The mask of this step, float32 with a graph to the scores, and those scores (a leaf)."""
         leaf = self.scores_LI.detach().requires_grad_()
         noise = seeded("noise", self.config.seed, self.persona_id, self.step)
-        return relaxed_mask(leaf, self.kept, self.config.estimator, self.config.temperature, noise), leaf
+        return relaxed_mask(leaf, self.widths(), self.config.estimator, self.config.temperature, noise), leaf
 
     def update(self, grad_LI: Tensor) -> None:
         """One step on the clipped gradient: Adam with one second moment per layer, as Adam-mini (arXiv 2406.16793).
@@ -107,7 +113,7 @@ class MaskCandidate:
 
 
 _MADE_WITH = ("persona_id", "channels", "ratio", "learning_rate", "name")
-_TENSORS = ("scores", "first", "second", "mean", "accepted", "last")
+_TENSORS = ("scores", "widths", "first", "second", "mean", "accepted", "last")
 _PROGRESS = ("step", "rung", "seconds", "tokens", "heldout", "averaged")
 
 
@@ -119,6 +125,7 @@ def to_bytes(candidates: Sequence[MaskCandidate], data_sha256: str) -> bytes:
         stopper = candidate.stopper
         own = {
             "scores": candidate.scores_LI,
+            "widths": candidate.widths_L,
             "first": candidate.first_LI,
             "second": candidate.second_L1,
             "mean": candidate.mean_LI,
@@ -157,6 +164,7 @@ def _restored(config: LearningConfig, values: dict[str, Any], tensors: dict[str,
     for name in _PROGRESS:
         setattr(candidate, name, values[name])
     candidate.first_LI, candidate.second_L1 = first_LI, second_L1
+    candidate.widths_L = tensors["widths"]
     candidate.mean_LI, candidate.accepted_LI = tensors["mean"], tensors["accepted"]
     candidate.stopper.best, candidate.stopper.stale = values["best"], values["stale"]
     candidate.stopper.last_LI = tensors["last"]

@@ -76,7 +76,7 @@ def mask_gradient(
         prefix_leaves = prefix_cache.leaves()
     for micro_batch in micro_batches:
         runner.masks.set(masks[0] if len(prefixes) == 1 else masks.index_select(0, micro_batch.slot_B))
-        answers_ND = _answer_states(runner, micro_batch, prefix_leaves)
+        answers_ND = answer_states(runner, micro_batch, prefix_leaves)
         head = lm_head_loss_and_grad(runner, answers_ND.detach(), micro_batch, settings.objective, teacher)
         answers_ND.backward(head.grad_ND)
         losses += _by_slot(head, micro_batch, settings.objective, len(prefixes))
@@ -103,7 +103,7 @@ def mask_losses(
     prefix_cache = runner.prefix(prefixes) if shared else None
     for micro_batch in micro_batches:
         runner.masks.set(None if masks_PLI is None else masks_PLI.index_select(0, micro_batch.slot_B))
-        answers_ND = _answer_states(runner, micro_batch, prefix_cache)
+        answers_ND = answer_states(runner, micro_batch, prefix_cache)
         head = lm_head_loss_and_grad(runner, answers_ND, micro_batch, settings.objective, teacher, gradient=False)
         losses += _by_slot(head, micro_batch, settings.objective, len(prefixes))
     runner.masks.set(None)
@@ -168,7 +168,7 @@ def lm_head_loss_and_grad(
     return TokenLosses(torch.cat(cross_entropy), torch.cat(divergence), torch.cat(grads) if gradient else None)
 
 
-def _answer_states(runner: BackboneRunner, micro_batch: MicroBatch, prefix_cache: PrefixCache | None) -> Tensor:
+def answer_states(runner: BackboneRunner, micro_batch: MicroBatch, prefix_cache: PrefixCache | None) -> Tensor:
     """Final hidden states [N, D] at the answer positions."""
     hidden = runner.hidden(micro_batch.tokens_BT, prefix_cache, micro_batch.slot_B)
     return hidden.flatten(0, 1).index_select(0, micro_batch.positions_N)

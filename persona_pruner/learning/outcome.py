@@ -101,7 +101,7 @@ def make_mask(backbone: Backbone, config: LearningConfig, candidate: MaskCandida
         backbone_fingerprint=backbone.fingerprint,
         layers=keep_LI.shape[0],
         channels=keep_LI.shape[1],
-        kept=candidate.kept,
+        kept=int(keep_LI[0].sum()),
         method=config.estimator,
         ratio=candidate.ratio,
         seed=config.seed,

@@ -23,7 +23,7 @@ from persona_pruner.learning import halving, mask_candidate
 from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, examples_by_prefix
 from persona_pruner.learning.callbacks import TrainingCallbacks
 from persona_pruner.learning.encoding import EncodedData, PooledData, encode
-from persona_pruner.learning.init_scores import initial_scores
+from persona_pruner.learning.init_scores import StartingPoints
 from persona_pruner.learning.mask_candidate import MaskCandidate
 from persona_pruner.learning.objective import heldout_cross_entropy, mask_gradient
 from persona_pruner.learning.outcome import MaskOrigin, Progress, TrainingResult, make_mask
@@ -140,18 +140,23 @@ class MaskTrainer:
     def _new_candidates(
         self, runner: BackboneRunner, encoded: EncodedData, warm_LI: Tensor | None
     ) -> list[MaskCandidate]:
-        return [
-            MaskCandidate(
-                self.learning,
-                encoded.persona_id,
-                initial_scores(runner, encoded, settings.init, warm_LI, self.settings),
-                runner.masks.channels,
-                settings.ratio,
-                settings.learning_rate,
-                settings.name,
+        starts = StartingPoints(runner, encoded, self.learning, self.settings, warm_LI)
+        candidates = []
+        for settings in halving.candidate_settings(self.learning):
+            start = starts.start(settings.init, settings.ratio)
+            candidates.append(
+                MaskCandidate(
+                    self.learning,
+                    encoded.persona_id,
+                    start.scores_LI,
+                    runner.masks.channels,
+                    settings.ratio,
+                    settings.learning_rate,
+                    settings.name,
+                    start.widths_L,
+                )
             )
-            for settings in halving.candidate_settings(self.learning)
-        ]
+        return candidates
 
     def _train_step(
         self,

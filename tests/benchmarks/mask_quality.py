@@ -22,7 +22,8 @@ from persona_pruner.config.load import check_config
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData
 from persona_pruner.evaluation.likelihood import heldout_loss
-from persona_pruner.learning.estimators import kept_channels, topk_mask
+from persona_pruner.learning.budgets import kept_channels
+from persona_pruner.learning.estimators import topk_mask
 from persona_pruner.learning.outcome import TrainingStatus
 from persona_pruner.learning.pooled import pooled_config, train_pooled
 from persona_pruner.learning.trainer import MaskTrainer
