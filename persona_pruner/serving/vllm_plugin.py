@@ -5,7 +5,8 @@ is and refuses requests that name a mask. Four places are touched, each once:
 
 1. `InputProcessor.process_inputs` (front end): a request's mask is checked, so that no worker dies of it, and its
    prefix cache is salted with the mask's digest, since keys and values belong to a mask.
-2. `BaseModelLoader.load_model` (worker): the table and its operator are hooked before every FFN's output projection.
+2. `BaseModelLoader.load_model` (worker): the table and its operator are hooked before every FFN's output projection;
+   where compact weights are asked for, the loaded ones are kept before the engine packs them.
 3. `GPUModelRunner._model_forward` (model runner V1, the one of a CPU): the slots of the step's tokens are set.
 4. `get_model_state_cls` of the loaded model (model runner V2's own hook): the same.
 """
@@ -19,25 +20,28 @@ from torch import nn
 
 from persona_pruner.errors import BackboneError, MaskError
 from persona_pruner.serving.channel_op import mask_channels
-from persona_pruner.serving.mask_table import MaskTable, RequestMask
+from persona_pruner.serving.compact import CompactFfns, keep_weights
+from persona_pruner.serving.mask_table import MaskTable, RequestMask, ffn_shape
 
-SLOTS = "persona_slots"
+SLOTS, COMPACT = "persona_slots", "persona_compact"
 _OUTPUT_PROJECTIONS = ("down_proj", "dense_4h_to_h", "fc2")
 """The last linear of an FFN, as `backbone.channels` knows them."""
 
 
 def register() -> None:
     """Called by vLLM, in some processes more than once."""
+    from vllm.model_executor.model_loader import base_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     _wrap(InputProcessor, "process_inputs", _check_and_salt)
     _wrap(BaseModelLoader, "load_model", _install_after_loading)
+    _wrap(base_loader, "process_weights_after_loading", _keep_weights_before_packing)
     _wrap(GPUModelRunner, "_model_forward", _assign_slots)
 
 
-def _wrap(owner: type, name: str, around: Any) -> None:
+def _wrap(owner: Any, name: str, around: Any) -> None:
     """Replace a method by around(original, self, ...), once per process."""
     original = getattr(owner, name)
     if getattr(original, "persona_pruner", False):
@@ -76,23 +80,31 @@ def _install_after_loading(load_model: Any, self: Any, vllm_config: Any, *args: 
     return model
 
 
+def _keep_weights_before_packing(process: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    from vllm.config import get_current_vllm_config
+
+    if get_current_vllm_config().additional_config.get(COMPACT):
+        keep_weights(model)
+    return process(model, *args, **kwargs)
+
+
 def _assign_slots(model_forward: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    table = getattr(self.get_model(), "mask_table", None)
-    if table is not None:
+    model = self.get_model()
+    if hasattr(model, "mask_table"):
         requests = self.input_batch.num_reqs
         masks = [_mask_of(self.requests[name].sampling_params) for name in self.input_batch.req_ids[:requests]]
-        table.assign(masks, self.query_start_loc.np[: requests + 1])
+        _begin_step(model, masks, self.query_start_loc.np[: requests + 1])
     return model_forward(self, *args, **kwargs)
+
+
+def _begin_step(model: Any, masks: list[RequestMask | None], starts: Any) -> None:
+    model.mask_table.assign(masks, starts)
+    if model.compact_ffns:
+        model.compact_ffns.choose(masks, starts)
 
 
 def _mask_of(sampling_params: Any) -> RequestMask | None:
     return RequestMask.find(sampling_params and sampling_params.extra_args)
-
-
-def ffn_shape(config: Any) -> tuple[int, int]:
-    """(layers, channels) from a transformers configuration."""
-    channels = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None)
-    return int(config.num_hidden_layers), int(channels or 4 * config.hidden_size)
 
 
 def install(model: nn.Module, vllm_config: Any) -> MaskTable:
@@ -118,6 +130,8 @@ def install(model: nn.Module, vllm_config: Any) -> MaskTable:
         projection.register_buffer("mask_slot_T", table.slot_T, persistent=False)
         projection.register_forward_pre_hook(_apply_masks)
     model.mask_table = table  # type: ignore[assignment]
+    compact = int(vllm_config.additional_config.get(COMPACT, 0))
+    model.compact_ffns = CompactFfns(model, table, compact) if compact else None  # type: ignore[assignment]
     model.get_model_state_cls = functools.partial(_model_state_class, vllm_config, model)  # type: ignore[assignment]
     return table
 
@@ -150,11 +164,15 @@ def _largest_step(config: Any) -> int:
 
 
 def _refuse_unsupported(config: Any) -> None:
+    compact = bool(config.additional_config.get(COMPACT))
+    eager = config.model_config.enforce_eager
     refused = {
         "speculative decoding": config.speculative_config is not None,
         "LoRA (its layers bypass the output projection)": config.lora_config is not None,
         "a quantized backbone (activation and quantization may be fused)": config.quant_config is not None,
         "micro-batching (enable_dbo)": getattr(config.parallel_config, "enable_dbo", False),
+        f"{COMPACT} in compiled code (--enforce-eager makes it eager)": compact and not eager,
+        f"{COMPACT} and tensor parallelism": compact and config.parallel_config.tensor_parallel_size > 1,
     }
     for what, asked in refused.items():
         if asked:
@@ -180,15 +198,7 @@ def _model_state_class(config: Any, model: nn.Module) -> type:
 
         def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             masks = [self._masks[index] for index in input_batch.idx_mapping_np]
-            self.model.mask_table.assign(masks, input_batch.query_start_loc_np[: len(masks) + 1])
+            _begin_step(self.model, masks, input_batch.query_start_loc_np[: len(masks) + 1])
             return super().prepare_inputs(input_batch, req_states)
 
     return MaskedModelState
-
-
-class PersonaWorker:
-    """`worker_extension_cls`: what the front end may ask a worker."""
-
-    def persona_stats(self) -> dict[str, int]:
-        table: MaskTable = self.model_runner.get_model().mask_table  # type: ignore[attr-defined]
-        return table.stats()

@@ -1,0 +1,59 @@
+"""Commands that run a backbone under its personas' masks: serve, chat, compare."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from persona_pruner.cli.app import OutputArgument, app
+from persona_pruner.errors import UserError
+
+BackboneOption = Annotated[str, typer.Option(help="The backbone that the masks were made for.")]
+WhereOption = Annotated[list[str], typer.Option(help="Only masks with, e.g., ratio==0.5; may be given again.")]
+
+
+class EngineName(StrEnum):
+    vllm = "vllm"
+    transformers = "transformers"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    output: OutputArgument,
+    backbone: BackboneOption,
+    engine: Annotated[EngineName | None, typer.Option(help="Default: vllm where it is installed.")] = None,
+    address: Annotated[str, typer.Option(help="HOST:PORT to listen at.")] = "127.0.0.1:8000",
+    name: Annotated[str | None, typer.Option(help="Name of the backbone in the API; default: its directory.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights as they run.")] = Dtype.float32,
+    slots: Annotated[int, typer.Option(min=1, help="Masks that lie beside the backbone at once.")] = 1024,
+    compact: Annotated[int, typer.Option(min=0, help="vllm: sets of compact FFN weights to keep.")] = 0,
+    manifest: Annotated[str | None, typer.Option(help="Descriptions for masks that carry none.")] = None,
+    where: WhereOption = [],  # noqa: B006
+    refresh_seconds: Annotated[float, typer.Option(min=0, help="Read a mask again when it is this old.")] = 5.0,
+    api_key: Annotated[list[str], typer.Option(envvar="VLLM_API_KEY", help="Clients must send one of these.")] = [],  # noqa: B006
+) -> None:
+    """Serve every persona of a run over the OpenAI API, all in one batch on one backbone.
+
+    model: "<backbone>:<persona>" or the persona id. With --engine vllm all further arguments go to vLLM.
+    """
+    from persona_pruner.serving.server import ServeOptions, default_engine
+    from persona_pruner.serving.server import serve as run
+
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--address {address!r}: write HOST:PORT, e.g. 0.0.0.0:8000")
+    chosen = engine.value if engine else default_engine()
+    if context.args and chosen != "vllm":
+        raise UserError(f"unknown argument {context.args[0]!r}: only --engine vllm takes further arguments")
+    run(
+        ServeOptions(
+            output, backbone, chosen, host, int(port), name, dtype.value, slots, compact, manifest, tuple(where),
+            refresh_seconds, tuple(api_key), tuple(context.args),
+        )
+    )  # fmt: skip

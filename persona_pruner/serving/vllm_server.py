@@ -1,0 +1,102 @@
+"""The vLLM engine behind the gateway: vLLM's own OpenAI server, started in this process."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from persona_pruner.errors import BackboneError, ConfigError
+from persona_pruner.serving.mask_table import RequestMask
+from persona_pruner.serving.server import Served
+from persona_pruner.serving.vllm_plugin import COMPACT, SLOTS, register
+
+STATS_SECONDS = 10.0
+_OURS = ("--model", "--host", "--port", "--dtype", "--api-key", "--served-model-name", "--additional-config",
+         "--worker-extension-cls", "--middleware", "--chat-template")  # fmt: skip
+
+
+class VllmEngine:
+    """`client` is vLLM's AsyncLLM."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def attach(self, body: dict[str, Any], mask: RequestMask | None) -> None:
+        if mask:
+            extra = body.get("vllm_xargs")
+            body["vllm_xargs"] = {**(extra if isinstance(extra, dict) else {}), **mask.extra_args()}
+
+    async def stats(self) -> dict[str, float]:
+        found: list[dict[str, float]] = await self._client.collective_rpc("persona_stats", STATS_SECONDS)
+        return found[0]
+
+
+def engine_options(slots: int, compact: int = 0) -> dict[str, Any]:
+    """Arguments that give a vLLM engine its table of masks: `LLM(model, **engine_options(1024))`.
+
+    A request then brings a mask as `SamplingParams(extra_args=RequestMask.of(mask.packed()).extra_args())`.
+    """
+    return {
+        "additional_config": {SLOTS: slots, COMPACT: compact},
+        "worker_extension_cls": "persona_pruner.serving.vllm_worker.PersonaWorker",
+    }
+
+
+def run(served: Served) -> None:
+    import uvloop
+
+    register()
+    with tempfile.TemporaryDirectory() as directory:
+        template = Path(directory, "chat_template.jinja")
+        template.write_text(served.chat_template, encoding="utf-8")
+        uvloop.run(_serve(served, _arguments(served, template)))
+
+
+def _arguments(served: Served, chat_template: Path) -> Any:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    options = served.options
+    for argument in options.engine_arguments:
+        if argument.partition("=")[0] in _OURS:
+            raise ConfigError(f"{argument}: is set by persona-pruner serve; see its own options")
+    engine = engine_options(options.slots, options.compact)
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
+        [
+            "--model", str(served.path), "--served-model-name", served.name, "--dtype", options.dtype,
+            "--host", options.host, "--port", str(options.port),
+            "--additional-config", json.dumps(engine["additional_config"]),
+            "--worker-extension-cls", engine["worker_extension_cls"],
+            "--chat-template", str(chat_template),
+            *(["--enforce-eager"] if options.compact else []), *options.engine_arguments,
+        ]
+    )  # fmt: skip
+    validate_parsed_serve_args(arguments)
+    return arguments
+
+
+async def _serve(served: Served, arguments: Any) -> None:
+    """vLLM's `run_server`, with the gateway around its application."""
+    from vllm.entrypoints.launchers.api_server.entry import build_app, build_async_engine_client, init_app_state
+    from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+
+    _, sock = setup_server(arguments, reuse_port=False)
+    try:
+        async with build_async_engine_client(arguments) as client:
+            engine = VllmEngine(client)
+            try:
+                await engine.stats()
+            except Exception as error:
+                raise BackboneError(f"the engine has no table of masks: {error}") from None
+            tasks = await client.get_supported_tasks()
+            app = build_app(arguments, tasks, client.model_config)
+            await init_app_state(client, app.state, arguments, tasks)
+            served.put_in_front(app, engine)
+            stopped = await serve_http(
+                app, sock=sock, enable_ssl_refresh=False, host=arguments.host, port=arguments.port,
+                log_level=arguments.uvicorn_log_level, access_log=not arguments.disable_uvicorn_access_log,
+                ssl_keyfile=arguments.ssl_keyfile, ssl_certfile=arguments.ssl_certfile,
+            )  # fmt: skip
+        await stopped
+    finally:
+        sock.close()
