@@ -79,7 +79,7 @@ def export(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="Index file of the published code: int64 [layers, kept], .pt.")],
+    file: Annotated[Path, typer.Argument(help="Index file of the published code: .pt or .json.")],
     output: Annotated[str, typer.Option(help="Where the mask goes: a directory or s3://bucket/prefix.")],
     persona: PersonaIdOption,
     backbone: Annotated[str, typer.Option(help="The model that the indices were made for.")],
@@ -90,7 +90,7 @@ def import_(
     from persona_pruner.backbone.channels import find_ffns
     from persona_pruner.backbone.load import load_backbone
     from persona_pruner.config.schema import BackboneConfig
-    from persona_pruner.manifest import ID
+    from persona_pruner.manifest import ID, Persona
     from persona_pruner.masks.store import MaskStore
 
     if not ID.fullmatch(persona):
@@ -98,10 +98,10 @@ def import_(
     model = load_backbone(BackboneConfig(path=backbone), deepspeed=False)
     ffns = find_ffns(model.model)
     mask = MaskStore(output).import_indices(
-        file, persona, channels=ffns[0].channels, description=description, backbone=model.name,
-        backbone_fingerprint=model.fingerprint, layers=len(ffns),
+        file, Persona(persona, description), layers=len(ffns), channels=ffns[0].channels, backbone=model.name,
+        backbone_fingerprint=model.fingerprint,
     )  # fmt: skip
-    show({"persona": persona, "kept": mask.metadata.kept, "layers": mask.metadata.layers}, as_json)
+    show({"persona": persona, "kept": sum(mask.metadata.kept), "layers": mask.metadata.layers}, as_json)
 
 
 @catalog_app.command("rebuild")

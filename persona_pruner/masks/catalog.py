@@ -27,16 +27,17 @@ SCHEMA = pa.schema(
         ("ratio", pa.float64()),
         ("layers", pa.int32()),
         ("channels", pa.int32()),
-        ("kept", pa.int32()),
+        ("kept", pa.int64()),
         ("seed", pa.int64()),
         ("steps", pa.int32()),
-        ("loss_dense", pa.float64()),
-        ("loss_masked", pa.float64()),
+        ("unpruned_loss", pa.float64()),
+        ("masked_loss", pa.float64()),
         ("data_sha256", pa.string()),
         ("keep", pa.binary()),
     ]
 )
-"""`keep` holds the packed bits of all layers, so that similarities need no other object."""
+"""`kept` counts the kept channels of all layers; `keep` holds their packed bits, so that similarities need no other
+object."""
 
 
 OBJECT = ("persona_id", "key", "size", "modified")
@@ -79,6 +80,7 @@ def _row(storage: Storage, item: ObjectInfo) -> dict[str, Any]:
     persona_id = keys.persona_of(item.key, keys.MASKS)
     mask.check(where, persona_id=persona_id)
     values = {name: getattr(mask.metadata, name) for name in SCHEMA.names if hasattr(mask.metadata, name)}
+    values["kept"] = sum(mask.metadata.kept)
     return values | {"key": item.key, "size": item.size, "modified": item.modified, "keep": mask.packed()}
 
 

@@ -4,7 +4,6 @@ from persona_pruner import MaskStore
 MaskStore("s3://bucket/run").load("alice").apply(model)
 """
 
-import hashlib
 import io
 import itertools
 import re
@@ -20,10 +19,12 @@ import pyarrow.compute as pc
 
 from persona_pruner.config.schema import StorageConfig
 from persona_pruner.errors import ConfigError, Faults, MaskError, StorageError, UserError
+from persona_pruner.manifest import Persona
 from persona_pruner.masks.catalog import build_catalog, mask_objects
-from persona_pruner.masks.format import Mask, MaskMetadata, load_keep_indices
+from persona_pruner.masks.format import Mask, MaskMetadata
+from persona_pruner.masks.indices import load_keep_indices
 from persona_pruner.storage import keys
-from persona_pruner.storage.base import NotFoundError, Storage
+from persona_pruner.storage.base import NotFoundError, Storage, check_key
 from persona_pruner.storage.open import open_storage
 
 ORPHAN_SECONDS = 24 * 3600
@@ -152,31 +153,34 @@ class MaskStore:
     def import_indices(
         self,
         path: Path,
-        persona_id: str,
+        persona: Persona,
         *,
         layers: int,
         channels: int,
-        description: str,
         backbone: str,
         backbone_fingerprint: str,
     ) -> Mask:
-        """Store an index file of the published code ([L, K] int64, .pt) as the mask of a persona.
+        """Store an index file of the published code (masks/indices.py) as the mask of a persona.
 
         `layers` and `channels` are those of the backbone's FFNs. Raises MaskError where the file does not fit them or
         another mask of this persona is there, StorageError.
         """
+        key = keys.mask(persona.id)
+        check_key(key)
         keep_LI = load_keep_indices(path, channels)
         if len(keep_LI) != layers:
             raise MaskError(f"{path}: has {len(keep_LI)} layers, the backbone {layers}")
-        kept = int(keep_LI[0].sum())
+        kept = tuple(keep_LI.sum(1).tolist())
+        if not any(kept):
+            raise MaskError(f"{path}: keeps no channel at all")
         metadata = MaskMetadata(
-            persona_id=persona_id, persona_sha256=hashlib.sha256(description.encode()).hexdigest(), backbone=backbone,
-            backbone_fingerprint=backbone_fingerprint, layers=layers, channels=channels, kept=kept, method="imported",
-            ratio=1 - kept / channels, seed=0, steps=0,
+            persona_id=persona.id, persona_sha256=persona.sha256, persona_description=persona.description,
+            backbone=backbone, backbone_fingerprint=backbone_fingerprint, layers=layers, channels=channels, kept=kept,
+            method="imported", ratio=1 - sum(kept) / keep_LI.numel(), seed=0, steps=0,
         )  # fmt: skip
         mask = Mask(keep_LI, metadata)
-        if not self.storage.put_if_absent(keys.mask(persona_id), mask.to_bytes()):
-            raise MaskError(f"{self.storage.url}/{keys.mask(persona_id)}: another mask is there; remove it first")
+        if not self.storage.put_if_absent(key, mask.to_bytes()):
+            raise MaskError(f"{self.storage.url}/{key}: another mask is there; remove it first")
         return mask
 
 

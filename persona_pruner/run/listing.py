@@ -31,9 +31,9 @@ def list_personas(storage: Storage) -> list[PersonaListing]:
         for item in storage.list(prefix):
             persona_id = keys.persona_of(item.key, prefix)
             listings[persona_id] = PersonaListing(persona_id, state)
-    for row in build_catalog(storage, columns=("ratio", "loss_dense", "loss_masked")).to_pylist():
+    for row in build_catalog(storage, columns=("ratio", "unpruned_loss", "masked_loss")).to_pylist():
         listings[row["persona_id"]] = PersonaListing(
-            row["persona_id"], "masked", row["loss_dense"], row["loss_masked"], row["ratio"], row["size"]
+            row["persona_id"], "masked", row["unpruned_loss"], row["masked_loss"], row["ratio"], row["size"]
         )
     for item in storage.list(keys.ERRORS):
         persona_id = keys.persona_of(item.key, keys.ERRORS)

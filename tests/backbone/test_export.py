@@ -31,7 +31,7 @@ def made(path, widths=(24, 24, 24)):
         keep,
         MaskMetadata(
             persona_id="ann", persona_sha256="", backbone="tiny", backbone_fingerprint=fingerprint(path), layers=3,
-            channels=64, kept=24, method="ste", ratio=0.6, seed=0, steps=1,
+            channels=64, kept=(24,) * 3, method="ste", ratio=0.6, seed=0, steps=1,
         ),
     )  # fmt: skip
 

@@ -46,8 +46,9 @@ def one_mask(number: int) -> Mask:
     keep_LI = torch.zeros(LAYERS, CHANNELS, dtype=torch.bool).scatter_(1, random_LI.topk(KEPT).indices, True)
     metadata = MaskMetadata(
         persona_id=f"p{number:05d}", persona_sha256="0" * 64, backbone="benchmark", backbone_fingerprint="0" * 64,
-        layers=LAYERS, channels=CHANNELS, kept=KEPT, method="ste", ratio=0.25, seed=number, steps=60, loss_dense=2.0,
-        loss_masked=2.1, data_sha256="0" * 64, versions={"torch": torch.__version__}, run_id="0" * 16,
+        layers=LAYERS, channels=CHANNELS, kept=(KEPT,) * LAYERS, method="ste", ratio=0.25, seed=number,
+        steps=60, unpruned_loss=2.0, masked_loss=2.1, data_sha256="0" * 64,
+        versions={"torch": torch.__version__}, run_id="0" * 16,
     )  # fmt: skip
     return Mask(keep_LI, metadata)
 

@@ -18,7 +18,8 @@ BASE = check_config(
 PATHS = {"synthesis.sources.0.path", "synthesis.references.path", "evaluation.questions"}
 # Resources, limits, places, and what is told or kept beside the mask.
 UNMARKED = {
-    "backbone.path", "backbone.revision", "synthesis.sources.0.split", "synthesis.rewrite.base_url",
+    "backbone.path", "backbone.revision", "backbone.exportable", "synthesis.sources.0.split",
+    "synthesis.rewrite.base_url",
     "synthesis.rewrite.concurrency",
     "synthesis.rewrite.requests_per_minute", "synthesis.rewrite.timeout_seconds", "synthesis.rewrite.deadline_seconds",
     "synthesis.rewrite.token_budget", "synthesis.filter.min_answers", "synthesis.tile_personas",

@@ -38,5 +38,5 @@ def test_a_pooled_mask_is_the_same_each_time(tmp_path):
     masks = [train_pooled(backbone, pooled_config(CONFIG, 0.25), personas, "r").mask for _ in range(2)]
     assert masks[0].to_bytes() == masks[1].to_bytes()
     assert masks[0].metadata.persona_id == GLOBAL
-    assert masks[0].metadata.kept == 48
+    assert masks[0].metadata.kept == (48, 48, 48)
     assert torch.equal(masks[0].keep_LI.sum(1), torch.tensor([48] * 3))

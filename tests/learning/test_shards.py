@@ -85,7 +85,7 @@ def _in_bfloat16(path: str, world: World, data: Any) -> list[tuple[float, int]]:
     config = tiny_config(path, steps=3, rows_per_step=5, gradient_checkpointing=True)
     backbone = load_backbone(config.backbone.model_copy(update={"dtype": "bfloat16"}), world)
     outcomes = MaskTrainer(backbone, config).train(data, run_id="r")
-    return [(o.mask.metadata.loss_masked, int(o.mask.keep_LI.sum())) for o in outcomes if o.mask]
+    return [(o.mask.metadata.masked_loss, int(o.mask.keep_LI.sum())) for o in outcomes if o.mask]
 
 
 def _world(path: Any, size: int, steps: int = 15) -> tuple[list[Any], Any]:

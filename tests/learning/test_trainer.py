@@ -68,11 +68,11 @@ def test_training_lowers_the_loss_and_fills_the_mask_in(tmp_path):
     assert outcome.reason is StopReason.STEPS
     assert outcome.mask.keep_LI.sum(1).tolist() == [32, 32, 32]
     metadata = outcome.mask.metadata
-    assert (metadata.persona_id, metadata.kept, metadata.steps, metadata.run_id) == ("Ann", 32, 60, "run")
+    assert (metadata.persona_id, metadata.kept, metadata.steps, metadata.run_id) == ("Ann", (32, 32, 32), 60, "run")
     assert metadata.data_sha256 == "sha-Ann"
     assert metadata.backbone_fingerprint == backbone.fingerprint
-    assert metadata.loss_dense is not None
-    assert metadata.loss_masked is not None
+    assert metadata.unpruned_loss is not None
+    assert metadata.masked_loss is not None
     assert sum(p.loss for p in seen[-5:]) < 0.8 * sum(p.loss for p in seen[:5])
     assert [p.step for p in seen] == list(range(1, 61))
 

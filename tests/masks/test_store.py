@@ -8,6 +8,7 @@ from mask_examples import mask
 
 from persona_pruner import MaskStore
 from persona_pruner.errors import ConfigError, Faults, MaskError, StorageError
+from persona_pruner.manifest import Persona
 from persona_pruner.masks.catalog import build_catalog, read_catalog, write_catalog
 from persona_pruner.masks.store import garbage, orphans
 from persona_pruner.storage import keys
@@ -82,7 +83,7 @@ def test_catalog_is_an_index_that_can_be_made_again(output):
     write_catalog(output, build_catalog(output))
     table = pq.read_table(output.root / keys.CATALOG).to_pandas()
     assert list(table.persona_id) == ["ada", "bo", "cy"]
-    assert list(table.kept) == [40, 40, 40]
+    assert list(table.kept) == [120, 120, 120]
     output.delete(keys.mask("bo"))
     assert build_catalog(output)["persona_id"].to_pylist() == ["ada", "cy"]
     output.put(keys.CATALOG, b"broken")
@@ -121,17 +122,17 @@ def test_index_file_of_the_published_code_becomes_a_mask(output, tmp_path):
     store = MaskStore(output.url)
     made = mask("dee", seed=5)
     made.save_keep_indices(tmp_path / "dee.pt")
-    backbone = {"layers": 3, "channels": 100, "description": "d", "backbone": "tiny", "backbone_fingerprint": "f" * 64}
-    store.import_indices(tmp_path / "dee.pt", "dee", **backbone)
+    backbone = {"layers": 3, "channels": 100, "backbone": "tiny", "backbone_fingerprint": "f" * 64}
+    store.import_indices(tmp_path / "dee.pt", Persona("dee", "d"), **backbone)
     read = store.load("dee")
     assert torch.equal(read.keep_LI, made.keep_LI)
-    assert (read.metadata.method, read.metadata.kept, read.metadata.ratio) == ("imported", 40, 0.6)
+    assert (read.metadata.method, read.metadata.kept, read.metadata.ratio) == ("imported", (40, 40, 40), 0.6)
     with pytest.raises(MaskError, match="another mask is there"):
-        store.import_indices(tmp_path / "dee.pt", "ada", **backbone)
+        store.import_indices(tmp_path / "dee.pt", Persona("ada", "d"), **backbone)
     with pytest.raises(MaskError, match="has 3 layers, the backbone 4"):
-        store.import_indices(tmp_path / "dee.pt", "eve", **(backbone | {"layers": 4}))
+        store.import_indices(tmp_path / "dee.pt", Persona("eve", "d"), **(backbone | {"layers": 4}))
     with pytest.raises(StorageError):
-        store.import_indices(tmp_path / "dee.pt", "../eve", **backbone)
+        store.import_indices(tmp_path / "dee.pt", Persona("../eve", "d"), **backbone)
 
 
 def test_unfinished_files_of_dead_writers_are_found_and_removed(output):

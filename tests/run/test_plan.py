@@ -39,8 +39,8 @@ def manifest(*descriptions):
 def put_mask(storage, identity, persona, run_id=None):
     metadata = MaskMetadata(
         persona_id=persona.id, persona_sha256=persona.sha256, backbone="tiny",
-        backbone_fingerprint=identity.fingerprint, layers=3, channels=64, kept=32, method="ste", ratio=0.5, seed=0,
-        steps=20, run_id=run_id or identity.run_id,
+        backbone_fingerprint=identity.fingerprint, layers=3, channels=64, kept=(32,) * 3, method="ste", ratio=0.5,
+        seed=0, steps=20, run_id=run_id or identity.run_id,
     )  # fmt: skip
     keep = torch.zeros(3, 64, dtype=torch.bool)
     keep[:, :32] = True
