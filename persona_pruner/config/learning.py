@@ -1,10 +1,13 @@
 """Settings of the learning of one mask."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from persona_pruner.config.section import Count, Fraction, Hashed, HashedWhere, NonNegative, Positive, Section
+
+POOLED_INITS = ("zeros", "magnitude", "activation", "fisher")
 
 
 class ObjectiveConfig(Section):
@@ -59,7 +62,7 @@ class LearningConfig(Section):
     budget: Hashed[Literal["uniform", "free", "profile"]] = "uniform"
     """How the kept channels are shared among the layers. uniform: the same number in each. free: as many as one top-k
     over all layers leaves them, by what their channels are worth (Fisher), at least `channel_multiple`. profile: the
-    same, rounded to multiples of `channel_multiple`."""
+    same of the pooled mask, rounded to multiples of `channel_multiple`: one profile for all personas."""
     channel_multiple: Hashed[Count] = 64
     """Kept channels per layer are a multiple of this (64 suits tensor cores)."""
     estimator: Hashed[Literal["ste", "gumbel", "soft_topk"]] = "ste"
@@ -69,15 +72,27 @@ class LearningConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     init: Hashed[str] = "activation"
     """First scores: zeros, magnitude, activation, fisher (squared gradients of the mask, on up to 96 rows),
-    `persona:<id>` (scores of a committed mask), or `mean:<id>,<id>`."""
+    `persona:<id>` (scores of a committed mask), `mean:<id>,<id>`, or pooled (one mask that the run first learns from
+    the rows of `pooled_personas`)."""
     learning_rate: Hashed[Positive] = 0.02
     """Rate of the scores; they start as ranks in (0, 1)."""
     schedule: Hashed[Literal["constant", "linear", "cosine"]] = "constant"
     """Rate over the steps; linear and cosine go down to 0."""
     average: Hashed[Annotated[float, Field(ge=0, le=1)]] = 0.5
     """Share of the steps, counted from the end, over which the scores are averaged for the mask; 0 takes the last."""
+    core: Hashed[Annotated[float, Field(ge=0, lt=1)]] = 0.0
+    """Share of a mask's kept channels that is the pooled mask's best and the same for all personas; only the rest is
+    personal. 0 is off."""
+    pooled_personas: Annotated[Count, HashedWhere(lambda learning: learning.needs_pooled_mask)] = 16
+    """Personas, drawn from the manifest by the hash of their id, whose rows the pooled mask is learned from."""
+    pooled_init: Annotated[str, HashedWhere(lambda learning: learning.needs_pooled_mask)] = "fisher"
+    """First scores of the pooled mask: zeros, magnitude, activation or fisher."""
+    pooled_steps: Annotated[Count, HashedWhere(lambda learning: learning.needs_pooled_mask)] = 100
+    """Steps of the pooled mask."""
     steps: Hashed[Count] = 100
     """Step budget of one persona."""
+    passes: Hashed[Positive | None] = None
+    """Steps as passes over a persona's rows, in place of `steps`; null takes `steps`."""
     rows_per_step: Hashed[Count] = 16
     """Rows (question and answer) of one persona in one step, over all shards."""
     max_row_tokens: Count = 2048
@@ -99,8 +114,24 @@ class LearningConfig(Section):
     stoppers: StoppersConfig = StoppersConfig()
     halving: HalvingConfig = HalvingConfig()
 
+    @property
+    def needs_pooled_mask(self) -> bool:
+        return self.init == "pooled" or self.core > 0 or self.budget == "profile"
+
+    def steps_for(self, rows: int) -> int:
+        """The step budget of a persona with so many rows to train on."""
+        if self.passes is None:
+            return self.steps
+        return max(math.ceil(self.passes * rows / min(rows, self.rows_per_step)), 1)
+
     @model_validator(mode="after")
-    def _fixed_ratio(self) -> "LearningConfig":
-        if self.budget != "uniform" and self.ratio == "auto":
-            raise ValueError(f"budget = {self.budget} needs a fixed ratio, not auto")
+    def _consistent(self) -> "LearningConfig":
+        several = self.ratio == "auto" or self.halving.ratios
+        if several and (self.budget != "uniform" or self.needs_pooled_mask):
+            reason = f"budget = {self.budget}" if self.budget != "uniform" else "a pooled mask (init, core)"
+            raise ValueError(f"{reason} needs one fixed ratio, not auto or halving.ratios")
+        if self.core > 0 and self.estimator == "soft_topk":
+            raise ValueError(f"core = {self.core} needs the estimator ste or gumbel")
+        if self.pooled_init not in POOLED_INITS:
+            raise ValueError(f"pooled_init = {self.pooled_init!r}; choose from {', '.join(POOLED_INITS)}")
         return self

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from persona_pruner.learning.outcome import Progress
+from persona_pruner.masks.format import Mask
 
 
 class TrainingCallbacks:
@@ -17,6 +18,10 @@ class TrainingCallbacks:
 
     def warm_scores(self, persona_id: str) -> Tensor | None:
         """Trained scores [L, I] to start from, on every rank; None where there are none."""
+        return None
+
+    def pooled_mask(self) -> Mask | None:
+        """The mask learned from many personas' rows, with its scores, on every rank; None where there is none."""
         return None
 
     def should_stop(self) -> bool:

@@ -19,27 +19,34 @@ def topk_mask(scores_LI: Tensor, widths_L: Tensor | int) -> Tensor:
     return torch.zeros_like(scores_LI, dtype=torch.bool).scatter_(-1, order_LI, kept_LI.expand_as(order_LI))
 
 
+def with_core(scores_LI: Tensor, core_LI: Tensor | None) -> Tensor:
+    """The scores with those of the core above all others."""
+    return scores_LI if core_LI is None else scores_LI.masked_fill(core_LI, float("inf"))
+
+
 def relaxed_mask(
     scores_LI: Tensor,
     widths_L: Tensor | int,
     method: Method = "ste",
     temperature: float = 1.0,
     noise: torch.Generator | None = None,
+    core_LI: Tensor | None = None,
 ) -> Tensor:
     """The mask of a training step, float32 with a gradient for the scores.
 
     ste: hard top-k forward, identity backward (Bengio et al. 2013). gumbel: hard top-k of scores + Gumbel noise drawn
     from `noise`, backward of width * softmax((scores + noise) / temperature). soft_topk: sigmoid((scores - t) /
     temperature) both ways, with the threshold t of each layer such that the mask sums to its width.
+    ste, gumbel: channels of the bool mask `core_LI` are always kept.
     """
     width_L1 = torch.as_tensor(widths_L, device=scores_LI.device).reshape(-1, 1)
     if method == "ste":
-        return topk_mask(scores_LI.detach(), widths_L).float() + (scores_LI - scores_LI.detach())
+        return topk_mask(with_core(scores_LI.detach(), core_LI), widths_L).float() + (scores_LI - scores_LI.detach())
     if method == "gumbel":
         uniform = torch.rand(scores_LI.shape, generator=noise).clamp_(1e-9, 1 - 1e-7).to(scores_LI.device)
         noisy = scores_LI - (-uniform.log()).log()
         soft = width_L1 * torch.softmax(noisy / temperature, -1)
-        return topk_mask(noisy.detach(), widths_L).float() + (soft - soft.detach())
+        return topk_mask(with_core(noisy.detach(), core_LI), widths_L).float() + (soft - soft.detach())
     return _SoftTopK.apply(scores_LI / temperature, width_L1)
 
 

@@ -14,8 +14,10 @@ from persona_pruner.errors import PersonaError
 from persona_pruner.learning.batches import MicroBatchConfig, examples_by_prefix
 from persona_pruner.learning.budgets import free_widths, kept_channels, rounded_widths
 from persona_pruner.learning.encoding import EncodedData, batch
+from persona_pruner.learning.estimators import topk_mask
 from persona_pruner.learning.fisher import fisher_scores
 from persona_pruner.learning.training_free import activation_scores, magnitude, rank_normalize
+from persona_pruner.masks.format import Mask
 
 FISHER_ROWS = 96
 """Rows, over all personas, from which Fisher scores are taken: more hardly change them and cost a step each 16."""
@@ -24,16 +26,18 @@ FISHER_ROWS_PER_PERSONA = 8
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """`widths_L` (int64) is None where every layer keeps the same number."""
+    """`widths_L` (int64) is None where all layers keep the same number, `core_LI` (bool) where no channel is fixed."""
 
     scores_LI: Tensor
     widths_L: Tensor | None = None
+    core_LI: Tensor | None = None
 
 
 class StartingPoints:
     """Starting points of one persona (or pool); statistics that several of them need are computed once.
 
-    `warm_LI`: scores for the inits `persona:` and `mean:`, which the caller has looked up.
+    `warm_LI`: scores for the inits `persona:` and `mean:`, which the caller has looked up. `pooled`: the pooled mask,
+    where the run has one.
     """
 
     def __init__(
@@ -43,14 +47,15 @@ class StartingPoints:
         config: LearningConfig,
         settings: MicroBatchConfig,
         warm_LI: Tensor | None = None,
+        pooled: Mask | None = None,
     ) -> None:
         self.runner, self.encoded, self.config, self.settings = runner, encoded, config, settings
-        self.warm_LI = warm_LI
+        self.warm_LI, self.pooled = warm_LI, pooled
         self._fisher_LI: Tensor | None = None
 
     def start(self, init: str, ratio: float) -> StartingPoint:
-        """For an `init` of the configuration. Raises PersonaError (no_warm_scores)."""
-        return StartingPoint(self.scores(init), self.widths(ratio))
+        """For an `init` of the configuration. Raises PersonaError (no_warm_scores, no_pooled_mask)."""
+        return StartingPoint(self.scores(init), self.widths(ratio), self.core())
 
     def scores(self, init: str) -> Tensor:
         """Scores [L, I] (float32).
@@ -69,17 +74,30 @@ class StartingPoints:
             return rank_normalize(self.fisher())
         if init == "magnitude":
             return rank_normalize(magnitude(self.runner.backbone))
-        return self._warm(init)
+        if init == "pooled":
+            return self._checked(self._pooled_mask().scores_LI, init)
+        return self._checked(self.warm_LI, init)
 
     def widths(self, ratio: float) -> Tensor | None:
         """Channels per layer (int64 [L]) for the budget of the configuration, None where it is uniform."""
         if self.config.budget == "uniform":
             return None
+        if self.pooled is not None:
+            return self.pooled.keep_LI.sum(1).to(self.runner.backbone.device)
         fisher_LI, multiple = self.fisher(), self.config.channel_multiple
         layers, channels = fisher_LI.shape
         total = layers * kept_channels(channels, ratio, multiple)
         widths_L = free_widths(fisher_LI, total, multiple)
         return rounded_widths(widths_L, channels, multiple) if self.config.budget == "profile" else widths_L
+
+    def core(self) -> Tensor | None:
+        """The channels that the pooled mask scores best (bool [L, I]): `learning.core` of those that it keeps."""
+        if self.config.core == 0:
+            return None
+        pooled = self._pooled_mask()
+        widths_L = (self.config.core * pooled.keep_LI.sum(1).double()).round().long()
+        scores_LI = self._checked(pooled.scores_LI, "pooled")
+        return topk_mask(scores_LI, widths_L.to(scores_LI.device))
 
     def fisher(self) -> Tensor:
         """Mean over the personas of their Fisher scores [L, I]."""
@@ -94,14 +112,19 @@ class StartingPoints:
             self._fisher_LI = torch.stack(scores).mean(0)
         return self._fisher_LI
 
-    def _warm(self, init: str) -> Tensor:
+    def _pooled_mask(self) -> Mask:
+        if self.pooled is None:
+            raise PersonaError("no_pooled_mask", f"{self.encoded.persona_id}: the run has no pooled mask to start from")
+        return self.pooled
+
+    def _checked(self, scores_LI: Tensor | None, init: str) -> Tensor:
         masks, persona_id = self.runner.masks, self.encoded.persona_id
-        if self.warm_LI is None:
+        if scores_LI is None:
             raise PersonaError("no_warm_scores", f"{persona_id}: learning.init = {init}: no scores were found")
-        if self.warm_LI.shape != (masks.layers, masks.channels):
+        if scores_LI.shape != (masks.layers, masks.channels):
             raise PersonaError(
                 "no_warm_scores",
-                f"{persona_id}: learning.init = {init}: scores of shape {list(self.warm_LI.shape)}, this backbone "
+                f"{persona_id}: learning.init = {init}: scores of shape {list(scores_LI.shape)}, this backbone "
                 f"needs {[masks.layers, masks.channels]}",
             )
-        return self.warm_LI.to(self.runner.backbone.device, torch.float32)
+        return scores_LI.to(self.runner.backbone.device, torch.float32)

@@ -19,7 +19,7 @@ from persona_pruner.config.schema import LearningConfig
 from persona_pruner.errors import MaskError, PersonaError
 from persona_pruner.learning.budgets import kept_channels
 from persona_pruner.learning.encoding import seeded
-from persona_pruner.learning.estimators import relaxed_mask, topk_mask
+from persona_pruner.learning.estimators import relaxed_mask, topk_mask, with_core
 from persona_pruner.learning.stoppers import Stopper
 from persona_pruner.masks.format import read_header
 
@@ -39,6 +39,10 @@ class MaskCandidate:
     name: str = ""
     widths_L: Tensor | None = None
     """Channels per layer (int64) where the budget is not uniform; they stay as they are at the start."""
+    core_LI: Tensor | None = None
+    """Channels that are kept whatever is learned (bool); only the scores of the others are."""
+    steps: int = 0
+    """Step budget; 0 takes that of the configuration."""
     step: int = 0
     rung: int = 0
     seconds: float = 0.0
@@ -54,6 +58,7 @@ class MaskCandidate:
     stopper: Stopper = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.steps = self.steps or self.config.steps
         self.reset()
 
     def reset(self) -> None:
@@ -76,13 +81,14 @@ class MaskCandidate:
 
     def mask(self) -> Tensor:
         """The hard mask, bool [L, I]."""
-        return topk_mask(self.learned(), self.widths())
+        return topk_mask(with_core(self.learned(), self.core_LI), self.widths())
 
     def training_mask(self) -> tuple[Tensor, Tensor]:
         """The mask of this step, float32 with a graph to the scores, and those scores (a leaf)."""
         leaf = self.scores_LI.detach().requires_grad_()
         noise = seeded("noise", self.config.seed, self.persona_id, self.step)
-        return relaxed_mask(leaf, self.widths(), self.config.estimator, self.config.temperature, noise), leaf
+        config = self.config
+        return relaxed_mask(leaf, self.widths(), config.estimator, config.temperature, noise, self.core_LI), leaf
 
     def update(self, grad_LI: Tensor) -> None:
         """One step on the clipped gradient: Adam with one second moment per layer, as Adam-mini (arXiv 2406.16793).
@@ -91,29 +97,38 @@ class MaskCandidate:
         noise decides at the threshold. Betas 0.9 and 0.99.
         Raises PersonaError (not_finite) and leaves everything as it was where gradient or scores are not finite.
         """
+        if self.core_LI is not None:
+            grad_LI = grad_LI.masked_fill(self.core_LI, 0)
         norm = grad_LI.norm()
         if not (torch.isfinite(norm) and torch.isfinite(self.scores_LI).all()):
             raise PersonaError("not_finite", f"{self.persona_id}: loss or scores not finite at step {self.step}")
         grad_LI = grad_LI * (self.config.grad_clip / norm.clamp_min(self.config.grad_clip))
         count = self.step + 1
         self.first_LI.lerp_(grad_LI, 0.1)
-        self.second_L1.lerp_(grad_LI.square().mean(1, keepdim=True), 0.01)
+        self.second_L1.lerp_(self._mean_square(grad_LI), 0.01)
         scale_L1 = (self.second_L1 / (1 - 0.99**count)).sqrt_().add_(1e-12)
         self.scores_LI = self.scores_LI - self._rate() / (1 - 0.9**count) * self.first_LI / scale_L1
         self.step = count
-        if count > (1 - self.config.average) * self.config.steps:
+        if count > (1 - self.config.average) * self.steps:
             self.averaged += 1
             mean_LI = self.scores_LI if self.mean_LI is None else self.mean_LI
             self.mean_LI = mean_LI + (self.scores_LI - mean_LI) / self.averaged
 
+    def _mean_square(self, grad_LI: Tensor) -> Tensor:
+        """[L, 1], over the channels that are learned."""
+        if self.core_LI is None:
+            return grad_LI.square().mean(1, keepdim=True)
+        learned_L1 = (~self.core_LI).sum(1, keepdim=True).clamp_min(1)
+        return grad_LI.square().sum(1, keepdim=True) / learned_L1
+
     def _rate(self) -> float:
-        done = self.step / self.config.steps
+        done = self.step / self.steps
         factor = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
         return self.learning_rate * factor[self.config.schedule]
 
 
-_MADE_WITH = ("persona_id", "channels", "ratio", "learning_rate", "name")
-_TENSORS = ("scores", "widths", "first", "second", "mean", "accepted", "last")
+_MADE_WITH = ("persona_id", "channels", "ratio", "learning_rate", "name", "steps")
+_TENSORS = ("scores", "widths", "core", "first", "second", "mean", "accepted", "last")
 _PROGRESS = ("step", "rung", "seconds", "tokens", "heldout", "averaged")
 
 
@@ -126,6 +141,7 @@ def to_bytes(candidates: Sequence[MaskCandidate], data_sha256: str) -> bytes:
         own = {
             "scores": candidate.scores_LI,
             "widths": candidate.widths_L,
+            "core": candidate.core_LI,
             "first": candidate.first_LI,
             "second": candidate.second_L1,
             "mean": candidate.mean_LI,
@@ -164,7 +180,7 @@ def _restored(config: LearningConfig, values: dict[str, Any], tensors: dict[str,
     for name in _PROGRESS:
         setattr(candidate, name, values[name])
     candidate.first_LI, candidate.second_L1 = first_LI, second_L1
-    candidate.widths_L = tensors["widths"]
+    candidate.widths_L, candidate.core_LI = tensors["widths"], tensors["core"]
     candidate.mean_LI, candidate.accepted_LI = tensors["mean"], tensors["accepted"]
     candidate.stopper.best, candidate.stopper.stale = values["best"], values["stale"]
     candidate.stopper.last_LI = tensors["last"]

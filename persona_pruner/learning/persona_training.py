@@ -33,6 +33,10 @@ class PersonaTraining:
     def step(self) -> int:
         return self.candidates[0].step
 
+    @property
+    def steps(self) -> int:
+        return self.candidates[0].steps
+
     def examples(
         self, candidate: MaskCandidate, first_slot: int
     ) -> Iterator[tuple[tuple[int, ...], list[TrainingExample]]]:

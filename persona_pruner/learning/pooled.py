@@ -1,8 +1,10 @@
 """One mask for many personas: learned from all their rows by the trainer's own loop.
 
-It is what a platform would use that does not want one mask each, so the comparison has it as a baseline.
+It is where personas start (`learning.init: pooled`), where `learning.core` and `learning.budget: profile` are taken
+from, and what a platform would use that does not want one mask each: the comparison's global baseline.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 from persona_pruner.backbone.load import Backbone
@@ -17,11 +19,27 @@ GLOBAL = "global"
 """In place of a persona id."""
 
 
-def pooled_config(config: RunConfig, ratio: float) -> RunConfig:
-    """The settings of one persona at a fixed ratio, starting from activations."""
-    fixed = {"ratio": ratio, "init": "activation", "halving": HalvingConfig(), "stoppers": StoppersConfig()}
-    learning = config.learning.model_copy(update=fixed)
-    return config.model_copy(update={"learning": learning})
+def pooled_sample(persona_ids: Sequence[str], count: int) -> list[str]:
+    """Whose rows are pooled: drawn by the hash of their ids, in that order."""
+    return sorted(persona_ids, key=lambda persona_id: hashlib.sha256(persona_id.encode()).hexdigest())[:count]
+
+
+def pooled_config(config: RunConfig) -> RunConfig:
+    """The settings with which the pooled mask is learned that a run's personas start from."""
+    learning = config.learning
+    return _fixed(config, init=learning.pooled_init, steps=learning.pooled_steps, passes=None, keep_scores=True)
+
+
+def global_config(config: RunConfig, ratio: float) -> RunConfig:
+    """The settings of the comparison's one mask for all: the start and the steps of a persona's own mask."""
+    init = "pooled" if config.learning.needs_pooled_mask else "activation"
+    return _fixed(config, init=init, ratio=ratio)
+
+
+def _fixed(config: RunConfig, **changes: object) -> RunConfig:
+    """Nothing that depends on held-out losses, of which a pool has none, or that is personal."""
+    plain = {"halving": HalvingConfig(), "stoppers": StoppersConfig(), "core": 0.0}
+    return config.model_copy(update={"learning": config.learning.model_copy(update={**plain, **changes})})
 
 
 def train_pooled(

@@ -132,15 +132,18 @@ class MaskTrainer:
             checkpoint, self.learning, data.sha256, self.backbone.device
         )
         if not candidates:
-            candidates = self._new_candidates(runner, encoded, callbacks.warm_scores(data.persona_id))
+            candidates = self._new_candidates(runner, encoded, callbacks)
         if not all(torch.isfinite(candidate.scores_LI).all() for candidate in candidates):
             raise PersonaError("not_finite", f"{data.persona_id}: the scores it starts from are not finite")
         return PersonaTraining(data, encoded, candidates, unpruned_loss, candidates[0].step)
 
     def _new_candidates(
-        self, runner: BackboneRunner, encoded: EncodedData, warm_LI: Tensor | None
+        self, runner: BackboneRunner, encoded: EncodedData, callbacks: TrainingCallbacks
     ) -> list[MaskCandidate]:
-        starts = StartingPoints(runner, encoded, self.learning, self.settings, warm_LI)
+        pooled = callbacks.pooled_mask() if self.learning.needs_pooled_mask else None
+        warm_LI = callbacks.warm_scores(encoded.persona_id)
+        starts = StartingPoints(runner, encoded, self.learning, self.settings, warm_LI, pooled)
+        steps = self.learning.steps_for(len(encoded.train))
         candidates = []
         for settings in halving.candidate_settings(self.learning):
             start = starts.start(settings.init, settings.ratio)
@@ -154,6 +157,8 @@ class MaskTrainer:
                     settings.learning_rate,
                     settings.name,
                     start.widths_L,
+                    start.core_LI,
+                    steps,
                 )
             )
         return candidates
@@ -217,7 +222,7 @@ class MaskTrainer:
 
     def _evaluate(self, runner: BackboneRunner, persona: PersonaTraining, out_of_time: bool) -> StopReason | None:
         """Held-out losses where they are due; the reason to end this persona's training, if there is one."""
-        if persona.step >= self.learning.steps:
+        if persona.step >= persona.steps:
             ended = StopReason.STEPS
         elif out_of_time:
             ended = StopReason.SECONDS

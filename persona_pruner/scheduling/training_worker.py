@@ -19,7 +19,7 @@ from persona_pruner.errors import MaskError, PersonaError, StorageError
 from persona_pruner.evaluation import table
 from persona_pruner.learning.callbacks import TrainingCallbacks
 from persona_pruner.learning.outcome import Progress, TrainingResult, TrainingStatus
-from persona_pruner.learning.pooled import pooled_config, train_pooled
+from persona_pruner.learning.pooled import global_config, pooled_config, train_pooled
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.manifest import Persona
 from persona_pruner.masks.format import Mask
@@ -88,10 +88,32 @@ class TrainingWorker:
         """The one mask for all personas that the evaluation compares with; None on other ranks than 0."""
         personas, ratio = request
         data = [self._read(persona) for persona in personas]
-        result = train_pooled(self.backbone, pooled_config(self.config, ratio), data, self.run_id)
+        result = train_pooled(
+            self.backbone, global_config(self.config, ratio), data, self.run_id, _GlobalCallbacks(self)
+        )
         if result.status is TrainingStatus.FAILED:
             raise PersonaError(result.cause, result.message)
         return None if result.mask is None else result.mask.to_bytes()
+
+    def train_pooled(self, personas: Sequence[Persona]) -> bool:
+        """Learn the mask that personas start from, out of the data that there are of `personas`, and store it.
+
+        False where it was stopped before. Raises PersonaError.
+        """
+        data = []
+        for persona in personas:
+            with contextlib.suppress(PersonaError):
+                data.append(self._read(persona))
+        if not data:
+            raise PersonaError("no_data", "none of the personas for the pooled mask has data")
+        config = pooled_config(self.config)
+        result = train_pooled(self.backbone, config, data, self.run_id, _PooledCallbacks(self))
+        if result.status is TrainingStatus.FAILED:
+            raise PersonaError(result.cause, result.message)
+        if result.mask is not None:
+            self.storage.put_if_absent(keys.POOLED_MASK, result.mask.to_bytes())
+            self.storage.delete(keys.POOLED_CHECKPOINT)
+        return result.status is TrainingStatus.DONE
 
     def evaluate(self, task: Any) -> dict[str, dict[str, float]]:
         return table.evaluate_persona(self.backbone, self.config, task)
@@ -152,11 +174,43 @@ class _WorkerCallbacks(TrainingCallbacks):
             scores.append(mask.scores_LI.float())
         return torch.stack(scores).mean(0)
 
+    def pooled_mask(self) -> Mask | None:
+        try:
+            return Mask.from_bytes(self.storage.get(keys.POOLED_MASK), f"{self.storage.url}/{keys.POOLED_MASK}")
+        except NotFoundError:
+            return None
+
     def should_stop(self) -> bool:
         return self.worker.stopping
 
     def report(self, progress: Progress) -> None:
         self.worker.note(progress)
+
+
+class _PooledCallbacks(_WorkerCallbacks):
+    """For the mask that personas start from."""
+
+    def read_checkpoint(self, persona_id: str) -> bytes | None:
+        try:
+            return self.storage.get(keys.POOLED_CHECKPOINT)
+        except NotFoundError:
+            return None
+
+    def write_checkpoint(self, persona_id: str, data: bytes) -> None:
+        self.storage.put(keys.POOLED_CHECKPOINT, data)
+
+    def pooled_mask(self) -> Mask | None:
+        return None
+
+
+class _GlobalCallbacks(TrainingCallbacks):
+    """For the comparison's one mask: it starts where the personas do, and goes through in one piece."""
+
+    def __init__(self, worker: TrainingWorker) -> None:
+        self._inner = _WorkerCallbacks(worker)
+
+    def pooled_mask(self) -> Mask | None:
+        return self._inner.pooled_mask()
 
 
 RemoteTrainingWorker: Any = ray.remote(concurrency_groups={"control": 2}, max_restarts=0)(TrainingWorker)  # type: ignore[call-overload]

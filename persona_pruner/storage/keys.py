@@ -14,6 +14,12 @@ EVALUATION = "evaluation/"
 LEASES = "lease/"
 
 
+POOLED_SAMPLE = "pooled/sample.json"
+"""Ids of the personas whose rows the pooled mask is learned from: decided once, so that a manifest may grow."""
+POOLED_MASK = "pooled/mask.safetensors"
+POOLED_CHECKPOINT = "pooled/checkpoint.safetensors"
+
+
 def persona_data(persona_id: str) -> str:
     return f"{SYNTHESIS}{persona_id}/data.parquet"
 

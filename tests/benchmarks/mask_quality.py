@@ -25,7 +25,7 @@ from persona_pruner.evaluation.likelihood import heldout_loss
 from persona_pruner.learning.budgets import kept_channels
 from persona_pruner.learning.estimators import topk_mask
 from persona_pruner.learning.outcome import TrainingStatus
-from persona_pruner.learning.pooled import pooled_config, train_pooled
+from persona_pruner.learning.pooled import global_config, train_pooled
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.learning.training_free import activation, magnitude, random, wanda
 from persona_pruner.masks.format import Mask
@@ -69,7 +69,7 @@ def compare(backbone: Backbone, who: list[Persona], ratio: float, steps: int) ->
         "random": random(backbone, 0),
         "activation generic": activation(backbone, config, generic()),
     }
-    pooled = train_pooled(backbone, pooled_config(config, ratio), [p.data() for p in who], "benchmark").mask
+    pooled = train_pooled(backbone, global_config(config, ratio), [p.data() for p in who], "benchmark").mask
     assert pooled is not None
     for number, p in enumerate(who):
         before = time.monotonic()

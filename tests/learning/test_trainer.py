@@ -221,3 +221,9 @@ def test_checkpoints_come_at_the_steps_asked_for(tmp_path):
     (outcome,) = trainer.train([persona_data("Ann")], run_id="r", callbacks=recorder)
     assert outcome.status is TrainingStatus.DONE
     assert recorder.writes == ["Ann"] * 3
+
+
+def test_steps_may_be_passes_over_the_rows(tmp_path):
+    learning = {"passes": 2.5, "rows_per_step": 5, "steps": 99}
+    (twelve, three), _ = learn(tiny(tmp_path), [persona_data("Ann"), persona_data("Bob", rows=3)], learning=learning)
+    assert (twelve.step, three.step) == (6, 3)
