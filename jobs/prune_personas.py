@@ -1,4 +1,4 @@
-"""The main job: personas in, masks out.
+"""The main job: personas in, masks out. The same as `persona-pruner run`.
 
     python jobs/prune_personas.py manifests/quickstart/personas.jsonl \
         --config manifests/quickstart/run.yaml --output runs/quickstart
@@ -9,11 +9,8 @@ On a cluster: ray job submit --working-dir . -- python jobs/prune_personas.py MA
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from persona_pruner.config.load import load_config
-from persona_pruner.manifest import Manifest, read_manifest
-from persona_pruner.run.job import main, run_job
+from persona_pruner.run.main import Command, exit_status, run
 
 
 def prune(
@@ -22,15 +19,10 @@ def prune(
     output: Annotated[str, typer.Option(help="Where everything goes: a directory or s3://bucket/prefix.")],
     set_: Annotated[list[str], typer.Option("--set", help="Override a setting: learning.ratio=0.25.")] = [],  # noqa: B006
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N personas.")] = None,
+    part: Annotated[str | None, typer.Option(help="Only this part of the manifest, e.g. 3/10.")] = None,
 ) -> None:
-    def run() -> int:
-        settings = load_config(config, set_)
-        personas = read_manifest(manifest)
-        if limit is not None:
-            personas = Manifest(personas.source, personas.personas[:limit], personas.warnings)
-        return run_job(settings, personas, output, console=Console())
-
-    raise typer.Exit(main(run))
+    command = Command(manifest=manifest, config=config, output=output, overrides=set_, limit=limit, part=part)
+    raise typer.Exit(exit_status(lambda: run(command)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 `exit_code` is what the command line and the job exit with:
 0 done, 2 bad input (nothing was started or written), 3 some personas failed (the rest are masked),
-4 the output cannot be used (storage failed, another job works there), 75 stopped before the end (submit
-again to go on).
+4 the output cannot be used (storage failed, another job works there), 5 the cluster failed (Ray does not start, groups
+are lost or never come up), 75 stopped before the end (submit again to go on).
 """
 
 from collections.abc import Sequence
@@ -56,6 +56,12 @@ class StorageError(UserError):
 
 class OutputBusyError(StorageError):
     """Another job works on this output."""
+
+
+class ClusterError(UserError):
+    """Ray does not start, or the groups that hold the backbone are lost or never come up."""
+
+    exit_code = 5
 
 
 class PersonaError(Exception):

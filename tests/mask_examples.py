@@ -3,6 +3,7 @@
 import torch
 
 from persona_pruner.masks.format import Mask, MaskMetadata
+from persona_pruner.storage import keys
 
 
 def mask(persona_id="ada", layers=3, channels=100, kept=40, seed=0, scores=False):
@@ -14,3 +15,15 @@ def mask(persona_id="ada", layers=3, channels=100, kept=40, seed=0, scores=False
         versions={"torch": "2"}, run_id="r",
     )  # fmt: skip
     return Mask(keep_LI, metadata, torch.rand(layers, channels).half() if scores else None)
+
+
+def put_mask(storage, identity, persona, run_id=None):
+    """Commit a mask of this persona as the run of `identity` would."""
+    metadata = MaskMetadata(
+        persona_id=persona.id, persona_sha256=persona.sha256, backbone="tiny",
+        backbone_fingerprint=identity.fingerprint, layers=3, channels=64, kept=(32,) * 3, method="ste", ratio=0.5,
+        seed=0, steps=20, run_id=run_id or identity.run_id,
+    )  # fmt: skip
+    keep = torch.zeros(3, 64, dtype=torch.bool)
+    keep[:, :32] = True
+    storage.put(keys.mask(persona.id), Mask(keep, metadata).to_bytes())

@@ -93,29 +93,23 @@ def submit(
 
 @app.command()
 def status(output: OutputArgument, as_json: JsonOption = False) -> None:
-    """Where a run is: running, stopped, dead or done; trials by state; what failed and why."""
-    from persona_pruner.run.progress import read_status
+    """Where a run is: running, stopped, dead or done; phases, personas by state; what failed and why."""
+    from persona_pruner.run.status import describe, read_statuses
     from persona_pruner.storage import keys
     from persona_pruner.storage.open import AT_START, open_storage
 
     storage = open_storage(output, AT_START)
     storage.check_readable(keys.ERRORS)
-    found = read_status(storage)
-    found["errors"] = [json.loads(storage.get(item.key)) for item in storage.list(keys.ERRORS)]
+    statuses = read_statuses(storage)
+    errors = [json.loads(storage.get(item.key)) for item in storage.list(keys.ERRORS)]
     if as_json:
-        show(found, True)
+        one = statuses[0] if len(statuses) == 1 else {"parts": statuses}
+        show(one | {"errors": errors}, True)
         return
-    claim = found["holder"]
-    say(f"{output}: {found['state']}, run {found['run_id']}, last word {found['updated']}")
-    if claim:
-        say(f"working: host {claim['host']}, pid {claim['pid']}, since {claim['since']}")
-    states = ", ".join(f"{count} {name}" for name, count in found["trials"].items() if count)
-    say(f"personas: {found['personas']}, masked before {found['done_before']}, this job: {states or 'nothing'}")
-    say(f"groups: {found['groups']['busy']} busy of {found['groups']['up']}, lost {found['groups_lost']}")
-    say(f"{found['personas_per_hour']} personas per hour, {found['tokens_per_second']} tokens per second")
-    if found["eta_seconds"] is not None and found["state"] == "running":
-        say(f"about {found['eta_seconds']} s left")
-    for error in found["errors"]:
+    for job in statuses:
+        for line in describe(job, output):
+            say(line)
+    for error in errors:
         say(f"failed {error['persona_id']} ({error['cause']}, {error['attempts']} attempts): {error['message']}")
 
 

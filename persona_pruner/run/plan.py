@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -43,18 +44,22 @@ class Plan:
         }
 
 
-def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
-    """Look at the output and say what is left."""
-    masked = {}
+def masked_personas(personas: Sequence[Persona], storage: Storage, identity: Identity) -> tuple[Persona, ...]:
+    """Those that are done: their id has a mask that verifies, of this very description and of this run."""
     try:
         catalog = build_catalog(storage, identity.config.storage.connections, columns=("persona_sha256", "run_id"))
-        for row in catalog.to_pylist():
-            masked[row["persona_id"]] = (row["persona_sha256"], row["run_id"])
+        ids, *decided = (catalog.column(name).to_pylist() for name in ("persona_id", "persona_sha256", "run_id"))
+        masks = dict(zip(ids, zip(*decided, strict=True), strict=True))
     except MaskError:
-        masked = _verified_one_by_one(storage)
+        masks = _verified_one_by_one(storage)
+    return tuple(p for p in personas if p.id in masks and masks[p.id] == (p.sha256, identity.run_id))
+
+
+def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
+    """Look at the output and say what is left."""
+    done = masked_personas(manifest.personas, storage, identity)
     data = {keys.persona_of(item.key, keys.SYNTHESIS) for item in storage.list(keys.SYNTHESIS)}
     errors = {keys.persona_of(item.key, keys.ERRORS) for item in storage.list(keys.ERRORS)}
-    done = [p for p in manifest.personas if masked.get(p.id) == (p.sha256, identity.run_id)]
     finished = {p.id for p in done}
     with_data = [p for p in manifest.personas if p.id in data and p.id not in finished]
     with ThreadPoolExecutor(identity.config.storage.connections) as pool:
@@ -65,7 +70,7 @@ def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
     left = {p.id for p in (*train, *synthesize)}
     tokens, flop, size = _estimate(identity, train, synthesize)
     failed = tuple(sorted(errors & left))
-    return Plan(tuple(done), tuple(train), tuple(synthesize), failed, tokens, flop, size)
+    return Plan(done, tuple(train), tuple(synthesize), failed, tokens, flop, size)
 
 
 def _verified_one_by_one(storage: Storage) -> dict[str, tuple[str, str]]:

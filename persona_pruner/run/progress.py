@@ -1,215 +1,237 @@
-"""What a run tells while it works: a live table or plain lines, status.json, TensorBoard events, Ray metrics."""
+"""How far a run is: phases and counts, for the display, for status.json, TensorBoard and Ray's metrics.
+
+The job says which phase begins; the workers' processes count (activity.py); the scheduler tells every change of a
+persona's job. A thread of its own tells it on, so that neither the job nor the scheduler waits for it.
+"""
 
 import json
-import shutil
-import tempfile
 import threading
 import time
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
+from persona_pruner.activity import Activity, Count
 from persona_pruner.errors import StorageError
-from persona_pruner.run.lease import holder
+from persona_pruner.run.display import LiveDisplay, PlainDisplay
+from persona_pruner.run.phases import TRAINING, Phase
+from persona_pruner.run.status import status_of
 from persona_pruner.storage import keys
-from persona_pruner.storage.base import NotFoundError, Storage
+from persona_pruner.storage.base import Storage
 
 if TYPE_CHECKING:
-    # `persona-pruner status` reads through this module: it must not wait for ray and torch.
+    # The display shows before torch and ray are imported.
+    from persona_pruner.run.telemetry import EventFiles, Metrics
+    from persona_pruner.scheduling.persona_job import PersonaJob
     from persona_pruner.scheduling.scheduler import Scheduler
 
+TICK_SECONDS = 0.5
 STATUS_SECONDS = 5.0
-LINE_SECONDS = 10.0
-STATES = ("PENDING", "RUNNING", "PAUSED", "TERMINATED", "ERROR")
+SHOWN_JOBS = 12
+
+
+@dataclass
+class _Output:
+    """Where status, events and gauges go once the output is ours."""
+
+    storage: Storage
+    key: str
+    events: "EventFiles"
+    metrics: "Metrics | None" = None
+    next_status: float = 0.0
 
 
 class ProgressReporter:
-    """Called by the scheduler at every turn; writes at its own pace and never holds the scheduler up."""
+    """Shows and stores how a job goes on, from construction to `close`."""
 
-    def __init__(self, console: Console, storage: Storage, run_id: str, total: int, done: int) -> None:
-        self._console, self._storage, self._run_id = console, storage, run_id
-        self._total, self._done = total, done
-        self._began = time.monotonic()
-        self._since = datetime.now(UTC).isoformat(timespec="seconds")
-        self._next_status = self._next_line = 0.0
-        self._writer: threading.Thread | None = None
-        self._live = Live(console=console, refresh_per_second=2) if console.is_terminal else None
-        self._board = _Board(storage)
-        self._metrics = _Metrics()
-        self._told: set[str] = set()
-        if self._live:
-            self._live.start()
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self.clock = console, clock
+        self.phases: dict[str, Phase] = {}
+        self.doing: Counter[str] = Counter()
+        """What workers do that is not counted, with their number."""
+        self.total = self.done_before = 0
+        self.running: dict[str, PersonaJob] = {}
+        self.finished: deque[PersonaJob] = deque(maxlen=SHOWN_JOBS)
+        self.state = "running"
+        self.run_id = self.part = ""
+        self.waiting_for = ""
+        """Resources that groups wait for, in words."""
+        self._steps = 1
+        self.scheduler: Scheduler | None = None
+        self._read_activities: Callable[[], Sequence[Activity]] = list
+        self._explain_waiting: Callable[[int], str] = _no_explanation
+        self._explained = float("-inf")
+        self._ticking = threading.Lock()
+        self._output: _Output | None = None
+        self._masked_since: deque[PersonaJob] = deque()
+        self.began = clock()
+        self.since = datetime.now(UTC).isoformat(timespec="seconds")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._tick_until_closed, name="progress", daemon=True)
+        self._display = LiveDisplay(self) if console.is_terminal else PlainDisplay(self)
 
-    def __call__(self, scheduler: "Scheduler") -> None:
-        now = time.monotonic()
-        if self._live:
-            self._live.update(self._table(scheduler))
-        else:
-            self._tell(scheduler, now)
-        if now >= self._next_status and not (self._writer and self._writer.is_alive()):
-            self._next_status = now + STATUS_SECONDS
-            status = self.status(scheduler, "running")
-            self._board.write(scheduler)
-            self._metrics.write(status)
-            self._writer = threading.Thread(target=self._write, args=(status,), daemon=True)
-            self._writer.start()
+    def __enter__(self) -> "ProgressReporter":
+        self._display.start()
+        self._thread.start()
+        return self
 
-    def close(self, scheduler: "Scheduler", state: str) -> None:
-        """The last word; `state` is done, failed or stopped."""
-        if self._live:
-            self._live.update(self._table(scheduler))
-            self._live.stop()
-        if self._writer:
-            self._writer.join()
-        status = self.status(scheduler, state)
-        self._board.write(scheduler)
-        self._metrics.write(status)
-        self._write(status)
-        self._board.close()
+    def __exit__(self, *exception: object) -> None:
+        self.close("failed")
 
-    def status(self, scheduler: "Scheduler", state: str) -> dict[str, Any]:
-        counts = scheduler.states()
-        seconds = time.monotonic() - self._began
-        finished = counts["TERMINATED"] + counts["ERROR"]
-        left = self._total - self._done - finished
-        eta = seconds / finished * left if finished else None
-        groups = scheduler.pool.groups
-        return {
-            "run_id": self._run_id,
-            "state": state,
-            "since": self._since,
-            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
-            "personas": self._total,
-            "done_before": self._done,
-            "trials": {name: counts[name] for name in STATES},
-            "groups": {"up": sum(g.usable for g in groups), "busy": sum(bool(g.calls) for g in groups)},
-            "groups_lost": scheduler.groups_lost,
-            "retries": scheduler.retries,
-            "utilization": round(min(1.0, scheduler.busy_seconds / max(scheduler.pool.up_seconds, 1e-9)), 3),
-            "tokens": scheduler.tokens,
-            "tokens_per_second": round(scheduler.tokens / seconds, 1) if seconds else 0.0,
-            "personas_per_hour": round(finished / seconds * 3600, 1) if seconds else 0.0,
-            "seconds": round(seconds, 1),
-            "eta_seconds": None if eta is None else round(eta),
-            "running": [
-                {"id": t.persona.id, "group": t.group, "step": t.step, "heldout_loss": t.heldout_loss}
-                for t in scheduler.trials.values()
-                if t.state == "RUNNING"
-            ],
-        }
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _write(self, status: dict[str, Any]) -> None:
+    def begin(self, name: str, total: int = 0, detail: str = "") -> None:
+        """A phase begins; one that counts nothing ends those before it that count nothing."""
+        now = self.clock()
+        if not total:
+            self._end_uncounted(now)
+        self.phases[name] = Phase(name, now, total, detail=detail)
+        self._display.phase_began(self.phases[name])
+
+    def end(self, name: str) -> None:
+        if name in self.phases:
+            self.phases[name].ended = self.clock()
+
+    def _end_uncounted(self, now: float) -> None:
+        for phase in self.phases.values():
+            if not phase.total and phase.ended is None:
+                phase.ended = now
+
+    def count(self, name: str, done: float, tokens: int = 0) -> None:
+        """`done` of a phase's total, as a sum."""
+        phase = self.phases.get(name)
+        if phase is None or (not done and not tokens):
+            return
+        phase.count(self.clock(), min(done, phase.total), tokens)
+
+    def attach(self, storage: Storage, run_id: str, part: str = "") -> None:
+        """From now on the output is this job's: status and events go there. `part` names its part of the manifest."""
+        from persona_pruner.run.telemetry import EventFiles
+
+        self.run_id, self.part = run_id, part
+        self._output = _Output(storage, keys.status(part), EventFiles(storage, part))
+
+    def attach_cluster(
+        self, activities: Callable[[], Sequence[Activity]], explain_waiting: Callable[[int], str]
+    ) -> None:
+        """Ray is up: `activities` is what workers do, `explain_waiting` says what so many waiting groups lack."""
+        from persona_pruner.run.telemetry import Metrics
+
+        self._read_activities, self._explain_waiting = activities, explain_waiting
+        if self._output is not None:
+            self._output.metrics = Metrics()
+
+    def detach_cluster(self) -> None:
+        """Ray goes down: touch it no more."""
+        with self._ticking:
+            self._scheduler_figures()
+            self._read_activities, self._explain_waiting, self.waiting_for = list, _no_explanation, ""
+            self.doing.clear()
+            if self._output is not None:
+                self._output.metrics = None
+
+    def train(self, total: int, done_before: int, steps: int) -> None:
+        """Training begins: `total` personas, of which `done_before` had their masks; a training has `steps` steps."""
+        self.total, self.done_before, self._steps = total, done_before, max(1, steps)
+
+    def changed(self, job: "PersonaJob") -> None:
+        """Observer of the scheduler."""
+        if job.state == "RUNNING":
+            if TRAINING not in self.phases:
+                self.begin(TRAINING, self.total - self.done_before)
+            self.running[job.persona.id] = job
+            return
+        self.running.pop(job.persona.id, None)
+        if job.state in ("TERMINATED", "ERROR"):
+            self.finished.appendleft(job)
+        if job.state == "TERMINATED":
+            self._masked_since.append(job)
+
+    def turn(self, scheduler: "Scheduler") -> None:
+        """Observer of the scheduler."""
+        self.scheduler = scheduler
+
+    def _tick_until_closed(self) -> None:
+        while not self._ended.wait(TICK_SECONDS):
+            self.tick()
+
+    def tick(self) -> None:
+        """Bring everything up to date, and tell what is due."""
+        with self._ticking:
+            self._tick()
+
+    def _tick(self) -> None:
+        now = self.clock()
+        self._count_activities(self._read_activities())
+        self._scheduler_figures()
+        masked = []
+        while self._masked_since:
+            masked.append(self._masked_since.popleft())
+        self._display.tick(now, masked)
+        output = self._output
+        if output is not None:
+            for job in masked:
+                output.events.masked(job)
+            if now >= output.next_status:
+                output.next_status = now + STATUS_SECONDS
+                self._write(output)
+
+    def _count_activities(self, activities: Sequence[Activity]) -> None:
+        self.doing = Counter(activity.phase for activity in activities if activity.phase)
+        sums: dict[str, Count] = {}
+        for activity in activities:
+            for name, value in activity.counts.items():
+                sums[name] = sums.get(name, Count()) + value
+        for name, value in sums.items():
+            self.count(name, value.done, value.tokens)
+
+    def _scheduler_figures(self) -> None:
+        scheduler = self.scheduler
+        if scheduler is None:
+            return
+        states = scheduler.states
+        running = list(self.running.values())
+        partial = sum(min(1.0, job.step / self._steps) for job in running)
+        tokens = scheduler.tokens + sum(job.tokens for job in running)
+        self.count(TRAINING, states["TERMINATED"] + states["ERROR"] + partial, tokens)
+        placing, now = scheduler.pool.placing, self.clock()
+        if not placing:
+            self.waiting_for = ""
+        elif now > self._explained + STATUS_SECONDS:
+            self._explained = now
+            self.waiting_for = self._explain_waiting(placing)
+
+    def _write(self, output: _Output) -> None:
+        status = status_of(self)
+        output.events.figures(status)
+        if output.metrics is not None:
+            output.metrics.write(status)
         try:
-            self._storage.put(keys.STATUS, json.dumps(status, indent=1).encode())
-            self._board.store()
+            output.storage.put(output.key, json.dumps(status, indent=1).encode())
+            output.events.store()
         except StorageError as error:
-            self._console.print(f"status could not be written: {error}", markup=False)
+            self.say(f"status could not be written: {error}")
 
-    def _tell(self, scheduler: "Scheduler", now: float) -> None:
-        """A line for each persona that is through, and where all is every few seconds."""
-        for trial in list(scheduler.trials.values()):
-            if trial.state == "TERMINATED" and trial.persona.id not in self._told:
-                self._told.add(trial.persona.id)
-                loss = "" if trial.heldout_loss is None else f", held-out loss {trial.heldout_loss:.3f}"
-                line = f"masked {trial.persona.id}: {trial.step} steps, {trial.seconds:.1f} s{loss}"
-                self._console.print(line, markup=False, highlight=False)
-        if now >= self._next_line:
-            self._next_line = now + LINE_SECONDS
-            self._console.print(_line(self.status(scheduler, "running")), markup=False, highlight=False)
-
-    def _table(self, scheduler: "Scheduler") -> Table:
-        status = self.status(scheduler, "running")
-        table = Table(title=_line(status), title_justify="left")
-        for name in ("persona", "state", "group", "step", "held-out loss", "seconds"):
-            table.add_column(name, justify="left" if name in ("persona", "state", "group") else "right")
-        shown = sorted(scheduler.trials.values(), key=lambda t: STATES.index(t.state) if t.state != "RUNNING" else -1)
-        for trial in shown[:12]:
-            loss = "" if trial.heldout_loss is None else f"{trial.heldout_loss:.3f}"
-            row = (trial.persona.id, trial.state, trial.group or "", str(trial.step), loss, f"{trial.seconds:.0f}")
-            table.add_row(*row)
-        return table
+    def close(self, state: str) -> None:
+        """The last word; `state` is done, failed or stopped. Later calls do nothing."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.state = state
+        self.tick()
+        self._display.stop()
+        if self._output is not None:
+            self._write(self._output)
+            self._output.events.close()
 
 
-class _Board:
-    """TensorBoard events, written beside and copied to the output: where that has no room, the writer of the events
-    would die and leave its caller waiting."""
-
-    def __init__(self, storage: Storage) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._storage = storage
-        self._directory = Path(tempfile.mkdtemp(prefix="persona-pruner-"))
-        self._writer = SummaryWriter(str(self._directory))
-        self._seen: set[str] = set()
-
-    def write(self, scheduler: "Scheduler") -> None:
-        for name, count in scheduler.states().items():
-            self._writer.add_scalar(f"trials/{name}", count, int(time.time()))
-        for trial in list(scheduler.trials.values()):
-            if trial.state == "TERMINATED" and trial.persona.id not in self._seen and trial.heldout_loss is not None:
-                self._seen.add(trial.persona.id)
-                self._writer.add_scalar("mask/heldout_loss", trial.heldout_loss, len(self._seen))
-                self._writer.add_scalar("mask/seconds", trial.seconds, len(self._seen))
-        self._writer.flush()
-
-    def store(self) -> None:
-        for file in self._directory.iterdir():
-            self._storage.put(f"{keys.TENSORBOARD}/{file.name}", file.read_bytes())
-
-    def close(self) -> None:
-        self._writer.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-
-class _Metrics:
-    """Gauges at the cluster's metrics endpoint; Ray puts `ray_` before the names."""
-
-    def __init__(self) -> None:
-        from ray.util.metrics import Gauge
-
-        self._trials = Gauge("persona_pruner_trials", "Trials by state", tag_keys=("state",))
-        self._gauges = {
-            name: Gauge(f"persona_pruner_{name}", text)
-            for name, text in (
-                ("personas_per_hour", "Personas masked or failed in an hour"),
-                ("tokens_per_second", "Tokens trained on in a second"),
-                ("retries", "Trials that were tried again"),
-                ("groups_lost", "Shard groups that were lost"),
-                ("groups_busy", "Share of shard groups that work"),
-            )
-        }
-
-    def write(self, status: dict[str, Any]) -> None:
-        for state, count in status["trials"].items():
-            self._trials.set(count, tags={"state": state})
-        values = status | {"groups_busy": status["groups"]["busy"] / max(1, status["groups"]["up"])}
-        for name, gauge in self._gauges.items():
-            gauge.set(float(values[name]))
-
-
-def _line(status: dict[str, Any]) -> str:
-    trials = status["trials"]
-    done = status["done_before"] + trials["TERMINATED"]
-    eta = "" if status["eta_seconds"] is None else f", about {timedelta(seconds=status['eta_seconds'])} left"
-    failed = f", {trials['ERROR']} failed" if trials["ERROR"] else ""
-    groups = status["groups"]
-    return (
-        f"{done}/{status['personas']} masked, {trials['RUNNING']} training, {trials['PENDING']} waiting{failed}; "
-        f"groups {groups['busy']} busy of {groups['up']}{eta}"
-    )
-
-
-def read_status(storage: Storage) -> dict[str, Any]:
-    """The last status of a run, and whether a job works there now. Raises NotFoundError where none ever did."""
-    try:
-        status = dict(json.loads(storage.get(keys.STATUS)))
-    except NotFoundError:
-        raise NotFoundError(f"{storage.url}: no run has worked here ({keys.STATUS} is missing)") from None
-    claim = holder(storage)
-    if claim is None and status["state"] == "running":
-        status["state"] = "dead"
-    return status | {"holder": claim}
+def _no_explanation(count: int) -> str:
+    return ""

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import torch
 
+from persona_pruner import activity
 from persona_pruner.backbone.load import World, free_port, load_backbone
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData, read_persona_data, uses_unfinished_answers
@@ -23,6 +24,9 @@ from persona_pruner.learning.pooled import global_config, pooled_config, train_p
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.manifest import Persona
 from persona_pruner.masks.format import Mask
+from persona_pruner.scheduling.activity_channel import forward_activity
+from persona_pruner.scheduling.actor_group import ActorGroup
+from persona_pruner.scheduling.group_pool import GroupPool
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import NotFoundError, Storage
 from persona_pruner.storage.open import open_storage
@@ -37,17 +41,20 @@ class TrainingWorker:
         self._stop = threading.Event()
         self._progress: dict[str, Progress] = {}
         self._fetched: dict[str, PersonaData] = {}
+        forward_activity()
 
     def address(self) -> str:
         """host:port at which rank 0 will listen."""
         return f"{ray.util.get_node_ip_address()}:{free_port('')}"
 
     def start(self, rank: int, size: int, address: str) -> dict[str, Any]:
-        """Load this rank's shard. Returns pid, node, device and the share of parameters held here."""
+        """Load this rank's shard. Returns its pid, node and device."""
         groups = self.config.groups
+        activity.begin(activity.LOADING)
         torch.set_num_threads(groups.cpu_threads)
         self.backbone = load_backbone(self.config.backbone, World(rank, size, address, groups.timeout_seconds))
         self.trainer = MaskTrainer(self.backbone, self.config)
+        activity.begin("")
         return {"pid": os.getpid(), "node": socket.gethostname(), "device": str(self.backbone.device)}
 
     def train(self, personas: Sequence[Persona]) -> list[TrainingResult]:
@@ -214,6 +221,12 @@ class _GlobalCallbacks(TrainingCallbacks):
 
 
 RemoteTrainingWorker: Any = ray.remote(concurrency_groups={"control": 2}, max_restarts=0)(TrainingWorker)  # type: ignore[call-overload]
+
+
+def training_pool(config: RunConfig, output: str, run_id: str) -> GroupPool:
+    """A pool of groups of TrainingWorkers; none is up yet."""
+    arguments = (config, output, run_id)
+    return GroupPool(config.groups, lambda: ActorGroup(config.groups, RemoteTrainingWorker, arguments))
 
 
 def commit_mask(storage: Storage, mask: Mask) -> None:

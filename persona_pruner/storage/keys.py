@@ -50,8 +50,13 @@ def global_mask(digest: str) -> str:
     return f"{EVALUATION}global/{digest}.safetensors"
 
 
-def lease(epoch: int) -> str:
-    return f"{LEASES}{epoch:08d}.json"
+def lease(epoch: int, part: str = "") -> str:
+    """`part` names a part of the manifest that has leases of its own."""
+    return f"{LEASES}{part}{'/' if part else ''}{epoch:08d}.json"
+
+
+def status(part: str = "") -> str:
+    return STATUS if not part else f"{STATUS.removesuffix('.json')}-{part}.json"
 
 
 def persona_of(key: str, prefix: str) -> str:

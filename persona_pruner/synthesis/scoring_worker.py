@@ -9,15 +9,15 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError
-from ray.util.placement_group import PlacementGroup
 from torch import Tensor
 
+from persona_pruner import activity
 from persona_pruner.backbone.load import World, free_port, load_backbone
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.errors import PersonaError, UserError
+from persona_pruner.errors import ClusterError, PersonaError, UserError
 from persona_pruner.manifest import Persona
-from persona_pruner.scheduling.actor_group import request_placement_group, start_workers, stop_workers
+from persona_pruner.scheduling.activity_channel import forward_activity
+from persona_pruner.scheduling.actor_group import ActorGroup, GroupLostError, WorkerError
 from persona_pruner.synthesis.commit import Answer
 from persona_pruner.synthesis.rewrite import SelfRewriter
 from persona_pruner.synthesis.sensitivity import Sensitivity
@@ -35,6 +35,7 @@ class ScoringWorker:
 
     def __init__(self, config: RunConfig, questions: Sequence[str], references: Sequence[Persona]) -> None:
         self._config, self._questions, self._references = config, questions, references
+        forward_activity()
 
     def address(self) -> str:
         """host:port at which rank 0 will listen."""
@@ -42,12 +43,14 @@ class ScoringWorker:
 
     def start(self, rank: int, size: int, address: str) -> None:
         """Load this rank's part of the backbone."""
+        activity.begin(activity.LOADING)
         torch.set_num_threads(self._config.synthesis.actors.cpu_threads)
         world = World(rank, size, address, self._config.groups.timeout_seconds)
         backbone = load_backbone(self._config.backbone, world)
         self._sensitivity = Sensitivity(backbone, self._config, self._questions, self._references)
         self._rewriter = SelfRewriter(backbone, self._config)
         self.model = self._rewriter.model
+        activity.begin("")
 
     def fingerprint(self) -> str:
         """What the backbone is called as the model that answers."""
@@ -67,8 +70,7 @@ class ScoringGroup:
     def __init__(self, config: RunConfig, questions: Sequence[str], references: Sequence[Persona]) -> None:
         self._config = config
         self._arguments = (config, questions, references)
-        self._actors: list[Any] = []
-        self._placement: PlacementGroup | None = None
+        self._group: ActorGroup | None = None
         self.model: str = self._call("fingerprint")
 
     def tile(self, personas: Sequence[Persona]) -> Scores:
@@ -79,34 +81,26 @@ class ScoringGroup:
 
     def _call(self, method: str, *arguments: Any) -> Any:
         """Every call can be repeated: shards keep nothing but the backbone."""
-        for lost in range(MAX_LOST + 1):
+        message = ""
+        for _ in range(MAX_LOST + 1):
             try:
-                if not self._actors:
-                    self._start()
-                return ray.get([getattr(actor, method).remote(*arguments) for actor in self._actors])[0]
-            except RayError as error:
+                if self._group is None:
+                    remote = ray.remote(max_restarts=0)(ScoringWorker)  # type: ignore[call-overload]
+                    self._group = ActorGroup(self._config.synthesis.actors, remote, self._arguments)
+                    self._group.wait_until_ready(self._config.groups.timeout_seconds)
+                return self._group.call_and_wait(method, *arguments)
+            except (WorkerError, GroupLostError) as error:
                 self._close()
-                cause = getattr(error, "cause", None)
-                if isinstance(cause, UserError):
-                    raise cause from None
-                if lost == MAX_LOST:
-                    raise
-                log.warning("a scoring group was lost and is replaced: %s", str(error).splitlines()[0])
-        raise AssertionError("unreachable")
-
-    def _start(self) -> None:
-        """Wait for the resources, however long a cluster takes to grow, and load the backbone."""
-        settings = self._config.synthesis.actors
-        self._placement = request_placement_group(settings)
-        ray.get(self._placement.ready())
-        remote = ray.remote(max_restarts=0)(ScoringWorker)  # type: ignore[call-overload]
-        self._actors, started = start_workers(remote, self._placement, settings, *self._arguments)
-        ray.get(started, timeout=self._config.groups.timeout_seconds)
+                if isinstance(error, WorkerError) and isinstance(error.cause, UserError):
+                    raise error.cause from None
+                message = str(error)
+                log.warning("a scoring group was lost and is replaced: %s", message)
+        raise ClusterError(f"{MAX_LOST + 1} scoring groups were lost under the same call: {message}")
 
     def _close(self) -> None:
-        if self._placement is not None:
-            stop_workers(self._actors, self._placement)
-        self._actors = []
+        if self._group is not None:
+            self._group.stop()
+        self._group = None
 
 
 def open_backbone(

@@ -95,7 +95,7 @@ def our_job(directory: Path, count: int, config: dict[str, Any]) -> dict[str, fl
     if job.wait():
         raise SystemExit((directory / "log").read_text())
     told = json.loads((output / keys.STATUS).read_text())
-    assert told["trials"]["TERMINATED"] == count
+    assert told["jobs"]["TERMINATED"] == count
     return {
         "personas": count,
         "seconds": round(wall, 1),

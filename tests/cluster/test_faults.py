@@ -39,7 +39,7 @@ def test_training_actor_killed_in_mid_step(undisturbed, tmp_path, cost):
     with cost("SIGKILL of the training actors in mid-step"):
         job = runs.start(output)
         runs.wait_for(lambda: runs.checkpoints(output))
-        victims = runs.wait_for(lambda: runs.pids_of(job, "ShardActor.train"), 20)
+        victims = runs.wait_for(lambda: runs.pids_of(job, "TrainingWorker.train"), 20)
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         text, _ = job.communicate(timeout=240)
@@ -69,7 +69,7 @@ def test_two_shards_that_score_and_answer_give_the_same_data_also_when_one_is_ki
     with cost("SIGKILL of one shard of two that score", whole=True):
         job = runs.start(output, "synthesis.actors.shards=2", "synthesis.actors.num_cpus=0.5")
         runs.wait_for(lambda: runs.data(output), 200)
-        os.kill(runs.pids_of(job, "ray::Shard.")[1], signal.SIGKILL)
+        os.kill(runs.pids_of(job, "ray::ScoringWorker.")[1], signal.SIGKILL)
         text, _ = job.communicate(timeout=280)
     assert job.returncode == 0, text
     for one, two in zip(runs.rows(undisturbed), runs.rows(output), strict=True):

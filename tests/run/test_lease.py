@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from persona_pruner.errors import OutputBusyError
-from persona_pruner.run.lease import Lease, holder
+from persona_pruner.run.lease import Lease, holders
+from persona_pruner.run.part import Part
 from persona_pruner.storage import keys
 from persona_pruner.storage.open import open_storage
 
@@ -26,7 +27,7 @@ def change(storage, epoch, **values):
 
 def test_the_second_job_is_told_who_works_there_and_since_when(storage):
     with Lease(storage, 30):
-        claim = holder(storage)
+        claim = holders(storage)[""]
         with pytest.raises(OutputBusyError) as raised:
             Lease(storage, 30)
     assert claim["since"] in str(raised.value)
@@ -35,8 +36,8 @@ def test_the_second_job_is_told_who_works_there_and_since_when(storage):
 
 def test_a_lease_given_back_leaves_nothing(storage):
     with Lease(storage, 30):
-        assert holder(storage)
-    assert holder(storage) is None
+        assert holders(storage)
+    assert holders(storage) == {}
     assert list(storage.list(keys.LEASES)) == []
 
 
@@ -46,7 +47,7 @@ def test_one_that_is_no_longer_renewed_is_taken_over_and_its_holder_notices(stor
     second = Lease(storage, 30)
     assert first.lost.wait(10)
     first.release()
-    assert holder(storage)["owner"] == second._claim["owner"]
+    assert holders(storage)[""]["owner"] == second._claim["owner"]
     second.release()
 
 
@@ -69,7 +70,7 @@ def test_a_job_that_was_killed_on_this_machine_is_taken_over_at_once(storage):
     subprocess.run([sys.executable, "-c", code, storage.url], check=False)
     assert len(list(storage.list(keys.LEASES))) == 1
     with Lease(storage, 30):
-        assert holder(storage)["pid"] == os.getpid()
+        assert holders(storage)[""]["pid"] == os.getpid()
 
 
 def test_of_many_contenders_for_a_dead_lease_one_wins(storage):
@@ -89,3 +90,17 @@ def test_of_many_contenders_for_a_dead_lease_one_wins(storage):
         won = [lease for lease in pool.map(contend, range(8)) if lease]
     assert len(won) == 1
     won[0].release()
+
+
+def test_parts_of_one_manifest_are_worked_on_side_by_side(storage):
+    with Lease(storage, 30, Part(1, 10)), Lease(storage, 30, Part(2, 10)):
+        assert sorted(holders(storage)) == ["part-1-of-10", "part-2-of-10"]
+        with pytest.raises(OutputBusyError, match="on part 2/10 since"):
+            Lease(storage, 30, Part(2, 10))
+        with pytest.raises(OutputBusyError, match="on part"):
+            Lease(storage, 30)
+        with pytest.raises(OutputBusyError, match="on part 1/10"):
+            Lease(storage, 30, Part(1, 5))
+    with Lease(storage, 30), pytest.raises(OutputBusyError, match="another job works there since"):
+        Lease(storage, 30, Part(2, 10))
+    assert list(storage.list(keys.LEASES)) == []

@@ -7,13 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
+from mask_examples import put_mask
 from tiny_models import save_tiny, tiny_config
 
 from persona_pruner.dataset import SCHEMA
 from persona_pruner.manifest import Manifest, Persona
 from persona_pruner.masks.catalog import build_catalog, write_catalog
-from persona_pruner.masks.format import Mask, MaskMetadata
 from persona_pruner.run.identity import identify
 from persona_pruner.run.plan import make_plan
 from persona_pruner.storage import keys
@@ -34,17 +33,6 @@ def identity(backbone, tmp_path):
 
 def manifest(*descriptions):
     return Manifest("m", tuple(Persona(f"p{n}", text) for n, text in enumerate(descriptions)), ())
-
-
-def put_mask(storage, identity, persona, run_id=None):
-    metadata = MaskMetadata(
-        persona_id=persona.id, persona_sha256=persona.sha256, backbone="tiny",
-        backbone_fingerprint=identity.fingerprint, layers=3, channels=64, kept=(32,) * 3, method="ste", ratio=0.5,
-        seed=0, steps=20, run_id=run_id or identity.run_id,
-    )  # fmt: skip
-    keep = torch.zeros(3, 64, dtype=torch.bool)
-    keep[:, :32] = True
-    storage.put(keys.mask(persona.id), Mask(keep, metadata).to_bytes())
 
 
 def put_data(storage, persona):

@@ -1,0 +1,63 @@
+"""The main job as a command: from file names to an exit status. The display shows before anything heavy is imported."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from persona_pruner.config.load import load_config
+from persona_pruner.errors import UserError
+from persona_pruner.run.part import WHOLE, Part
+from persona_pruner.run.progress import ProgressReporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """The arguments of `persona-pruner run` and of the jobs."""
+
+    manifest: str
+    config: str
+    output: str
+    overrides: Sequence[str] = ()
+    limit: int | None = None
+    """Only the first so many personas."""
+    part: str | None = None
+    """Only these personas, e.g. 3/10."""
+    synthesis: bool = True
+    training: bool = True
+
+
+def run(command: Command) -> int:
+    """Run the job to its end or to a stop. Raises UserError."""
+    part = WHOLE if command.part is None else Part.parse(command.part)
+    settings = load_config(command.config, command.overrides)
+    with ProgressReporter(Console()) as progress:
+        progress.begin("loading libraries")
+        from persona_pruner.manifest import Manifest, read_manifest
+
+        manifest = read_manifest(command.manifest)
+        if command.limit is not None:
+            manifest = Manifest(manifest.source, manifest.personas[: command.limit], manifest.warnings)
+        from persona_pruner.run.job import JobRequest, run_job
+
+        request = JobRequest(
+            config=settings,
+            manifest=manifest,
+            output=command.output,
+            part=part,
+            synthesis=command.synthesis,
+            training=command.training,
+        )
+        return run_job(request, progress)
+
+
+def exit_status(body: Callable[[], int]) -> int:
+    """The status of a job's body; a user's fault becomes its lines on stderr and its status."""
+    try:
+        return body()
+    except UserError as error:
+        print(str(error), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130

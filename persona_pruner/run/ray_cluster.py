@@ -1,0 +1,71 @@
+"""The Ray cluster of a job: the one that it was submitted to, or a local one for it alone."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from persona_pruner.config.schema import RunConfig
+from persona_pruner.errors import ClusterError
+from persona_pruner.run.progress import ProgressReporter
+
+# Ray starts a local cluster for whoever touches it unconnected, also a thread that outlives the job. Read when ray is
+# imported.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+
+
+@contextmanager
+def ray_cluster(config: RunConfig, progress: ProgressReporter) -> Iterator[None]:
+    """Connected to Ray inside the block; nothing touches it afterwards. Raises ClusterError."""
+    import ray
+
+    if not ray.is_initialized():
+        progress.begin("starting Ray" if not os.environ.get("RAY_ADDRESS") else "connecting to Ray")
+        _connect(config)
+    try:
+        from persona_pruner.scheduling.activity_channel import ActivityReader
+
+        progress.attach_cluster(ActivityReader().read, lambda count: explain_waiting(config, count))
+        yield
+    finally:
+        progress.detach_cluster()
+        ray.shutdown()
+
+
+def _connect(config: RunConfig) -> None:
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(**options)
+            return
+        # A cluster of one process has nobody to keep out, and should not leave a token file behind.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        ray.init(address="local", num_cpus=_local_cpus(config), include_dashboard=False, **options)
+    except Exception as error:
+        what = f"{address}: no Ray cluster answers" if address else "a local Ray could not be started"
+        raise ClusterError(f"{what}: {str(error).strip().splitlines()[0][:200]}") from None
+
+
+def _local_cpus(config: RunConfig) -> int:
+    """CPUs that let the smallest pools start, also where the machine has fewer."""
+    groups, actors = config.groups, config.synthesis.actors
+    needed = groups.min * groups.shards * groups.num_cpus + actors.min * actors.num_cpus + 0.25
+    return max(os.cpu_count() or 1, int(-(-needed // 1)))
+
+
+def explain_waiting(config: RunConfig, count: int) -> str:
+    """What so many groups wait for: `2 groups wait for GPU: 1 each; the cluster has 0 free of 4`."""
+    import ray
+
+    from persona_pruner.scheduling.actor_group import bundle_of
+
+    name, amount = list(bundle_of(config.groups).items())[-1]  # GPU where they need one
+    amount *= config.groups.shards
+    free, total = (resources.get(name, 0) for resources in (ray.available_resources(), ray.cluster_resources()))
+    groups = "1 group waits" if count == 1 else f"{count} groups wait"
+    return f"{groups} for {name}: {amount:g} each; the cluster has {free:g} free of {total:g}"

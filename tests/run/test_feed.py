@@ -1,0 +1,63 @@
+import threading
+
+from persona_pruner.manifest import Persona
+from persona_pruner.run.feed import SynthesisFeed
+from persona_pruner.synthesis.pipeline import SynthesisResult
+
+ADA, BEN, CLEO = (Persona(name, f"{name} sails") for name in ("ada", "ben", "cleo"))
+
+
+def drain(feed):
+    jobs = []
+    while (job := feed.arrivals.get(timeout=10)) is not None:
+        jobs.append((job.persona.id, job.state))
+    return jobs
+
+
+def test_ready_personas_come_first_then_each_as_its_data_are_there_then_the_end():
+    results = [SynthesisResult("ben"), SynthesisResult("cleo", error=("few_answers", "2 usable"))]
+    feed = SynthesisFeed([ADA], [BEN, CLEO], lambda ids: iter(results))
+    assert drain(feed) == [("ada", "PENDING"), ("ben", "PENDING"), ("cleo", "ERROR")]
+    assert feed.fault is None
+
+
+def test_what_ends_the_synthesis_is_told_and_ends_the_arrivals():
+    def synthesize(ids):
+        yield SynthesisResult("ben")
+        raise OSError("broken")
+
+    feed = SynthesisFeed([], [BEN, CLEO], synthesize)
+    assert drain(feed) == [("ben", "PENDING")]
+    assert str(feed.fault) == "broken"
+
+
+def test_after_close_nothing_is_asked_of_the_synthesis_any_more():
+    """Ray may be down by then: another touch would start a second local one."""
+    go, touched = threading.Event(), []
+
+    def synthesize(ids):
+        for name in ids:
+            go.wait(10)
+            touched.append(name)
+            yield SynthesisResult(name)
+
+    feed = SynthesisFeed([], [BEN, CLEO], synthesize)
+    feed.close(timeout=0)
+    go.set()
+    assert drain(feed) == []
+    assert touched == ["ben"]
+
+
+def test_an_error_after_close_is_nobodys_concern():
+    go = threading.Event()
+
+    def synthesize(ids):
+        go.wait(10)
+        raise RuntimeError("Ray is down")
+        yield
+
+    feed = SynthesisFeed([], [BEN], synthesize)
+    feed.close(timeout=0)
+    go.set()
+    assert drain(feed) == []
+    assert feed.fault is None

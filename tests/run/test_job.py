@@ -1,0 +1,65 @@
+"""What the job decides by itself; whole runs are in tests/cluster."""
+
+import io
+import json
+
+import pytest
+from mask_examples import put_mask
+from rich.console import Console
+from tiny_models import save_tiny, tiny_config
+
+from persona_pruner.config.schema import EvaluationConfig
+from persona_pruner.manifest import Manifest, Persona
+from persona_pruner.run.identity import identify
+from persona_pruner.run.job import Job, JobRequest
+from persona_pruner.run.part import Part
+from persona_pruner.run.progress import ProgressReporter
+from persona_pruner.storage import keys
+from persona_pruner.storage.open import open_storage
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("backbone") / "tiny")
+
+
+def job_of(backbone, output, personas, failures):
+    config, storage = tiny_config(backbone), open_storage(output)
+    request = JobRequest(config=config, manifest=Manifest("m", tuple(personas)), output=str(output))
+    progress = ProgressReporter(Console(file=io.StringIO(), width=200))
+    return Job(request, storage, identify(config, personas, storage), progress, None, failures)
+
+
+def test_a_stale_mask_whose_new_training_failed_is_no_mask_and_its_error_stays(backbone, tmp_path):
+    new = Persona("ada", "Ada, who now sails.")
+    job = job_of(backbone, tmp_path / "out", [new], {"ada": "training broke"})
+    put_mask(job.storage, job.identity, Persona("ada", "Ada, who used to bake."))
+    job.storage.put(keys.error("ada"), json.dumps({"persona_id": "ada"}).encode())
+    assert job.report() == 3
+    told = job.progress.console.file.getvalue()
+    assert "0 of 1 personas masked" in told
+    assert "failed ada: training broke" in told
+    assert "inspect" not in told
+    assert job.storage.exists(keys.error("ada"))
+
+
+def test_a_mask_of_this_description_and_run_counts_and_its_old_error_goes(backbone, tmp_path):
+    ada, ben = Persona("ada", "Ada"), Persona("ben", "Ben")
+    job = job_of(backbone, tmp_path / "out", [ben, ada], {})
+    put_mask(job.storage, job.identity, ada)
+    put_mask(job.storage, job.identity, ben, run_id="another")
+    job.storage.put(keys.error("ada"), b"{}")
+    assert job.report() == 0
+    told = job.progress.console.file.getvalue()
+    assert "1 of 2 personas masked" in told
+    assert "inspect" in told
+    assert "--persona ada" in told
+    assert not job.storage.exists(keys.error("ada"))
+
+
+def test_a_part_is_about_its_own_personas_and_leaves_the_comparison_to_a_whole_job(backbone):
+    config = tiny_config(backbone).model_copy(update={"evaluation": EvaluationConfig(enabled=True)})
+    manifest = Manifest("m", tuple(Persona(f"p{n}", "x") for n in range(40)))
+    parts = [JobRequest(config=config, manifest=manifest, output="out", part=Part(number, 4)) for number in range(1, 5)]
+    assert sorted(p.id for part in parts for p in part.personas) == sorted(p.id for p in manifest.personas)
+    assert not any(part.evaluation for part in parts)
