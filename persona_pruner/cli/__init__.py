@@ -5,12 +5,12 @@ import sys
 
 from rich.console import Console
 
-from persona_pruner.cli import masks, runs, settings
+from persona_pruner.cli import cluster, masks, runs, settings
 from persona_pruner.cli import serving as serving
 from persona_pruner.cli.app import app
 from persona_pruner.errors import UserError
 
-__all__ = ["app", "main", "masks", "runs", "settings"]
+__all__ = ["app", "cluster", "main", "masks", "runs", "settings"]
 
 
 def main() -> None:

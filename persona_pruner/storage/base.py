@@ -58,6 +58,9 @@ class Storage(Protocol):
     def check_writable(self) -> None:
         """Raise StorageError within seconds if this place cannot be read and written. Leaves nothing behind."""
 
+    def honours_conditions(self) -> bool:
+        """Whether `put_if_absent` decides races here. Raises StorageError."""
+
     def check_readable(self, prefix: str = "") -> None:
         """Raise StorageError within seconds if the server cannot be reached or does not let us list `prefix`."""
 

@@ -132,6 +132,9 @@ class LocalStorage:
         except OSError as error:
             raise StorageError(f"{self.url}: cannot be written: {error.strerror}") from None
 
+    def honours_conditions(self) -> bool:
+        return True
+
     def check_readable(self, prefix: str = "") -> None:
         return
 

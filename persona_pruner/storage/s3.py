@@ -204,7 +204,7 @@ class S3Storage:
         self._call(key, lambda client: client.put_object(**arguments))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        if not self._honours_conditions():
+        if not self.honours_conditions():
             return self._put_if_unseen(key, data)
         arguments = self._arguments(key, data)
         # A try whose answer was lost may have stored the object: the next one then meets our own bytes.
@@ -217,7 +217,7 @@ class S3Storage:
             time.sleep(1)
         return self.get(key) == data
 
-    def _honours_conditions(self) -> bool:
+    def honours_conditions(self) -> bool:
         """Whether the server refuses `If-None-Match: *` on an object that is there; tried once in a process."""
         if self._conditional is None:
             key = f".probe-{uuid.uuid4().hex}"
@@ -272,7 +272,7 @@ class S3Storage:
         self.check_readable()
         self._call("", lambda client: client.put_object(**arguments), PROBE_SECONDS)
         self._call("", lambda client: client.delete_object(Bucket=self.bucket, Key=arguments["Key"]), PROBE_SECONDS)
-        self._honours_conditions()
+        self.honours_conditions()
 
     def incomplete_writes(self, before: float, remove: bool = False) -> Sequence[str]:
         def call(client: Any) -> Sequence[str]:
