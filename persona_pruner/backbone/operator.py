@@ -6,7 +6,9 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,15 @@ def cache_directory() -> Path:
 def is_compiled() -> bool:
     """Whether `load_operator` will find the operator. Imports nothing, so that a job can ask before it starts."""
     return _done(cache_directory()).exists()
+
+
+def compile_operator(tell: Callable[[str], None]) -> None:
+    """Compile the operator now, in a process of its own, where this machine needs it and has not done so yet; `tell`
+    gets a line before. Whoever loads it later does not wait. Where it fails, that loading says why."""
+    if torch.cuda.is_available() or is_compiled():
+        return
+    tell("compiling DeepSpeed's operator for CPUs: once on this machine, about a minute on idle cores")
+    subprocess.run([sys.executable, "-m", __name__], capture_output=True, check=False)
 
 
 def load_operator() -> None:
@@ -71,3 +82,7 @@ def _ninja_on_path() -> None:
     beside = Path(sys.executable).parent
     if shutil.which("ninja") is None and (beside / "ninja").exists():
         os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+if __name__ == "__main__":
+    load_operator()

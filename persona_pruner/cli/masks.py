@@ -121,14 +121,15 @@ def catalog_rebuild(output: OutputArgument, as_json: JsonOption = False) -> None
 def gc(
     output: OutputArgument,
     dry_run: Annotated[bool, typer.Option(help="Only list what would be removed.")] = True,
+    data: Annotated[bool, typer.Option("--data", help="Questions and answers too; inspect needs them.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """List or remove what no run needs any more: checkpoints, stored answers and data of personas that have a mask, and
-    uploads that were never finished."""
+    """List or remove what no run needs any more: checkpoints, stored answers and errors of personas that have a mask,
+    and uploads that were never finished."""
     from persona_pruner.masks.store import MaskStore, garbage, orphans
 
     storage = MaskStore(output).storage
-    keys = garbage(storage)
+    keys = garbage(storage, data=data)
     if not dry_run:
         for key in keys:
             storage.delete(key)

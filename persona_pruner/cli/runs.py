@@ -22,6 +22,28 @@ from persona_pruner.cli.app import (
 
 
 @app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(help="Where the files go.")] = Path(),
+    backbone: Annotated[str | None, typer.Option(help="Your model: a directory, s3:// prefix or hub name.")] = None,
+    questions: Annotated[list[str], typer.Option(help="A file or data set of questions; may be given again.")] = [],  # noqa: B006
+    personas: Annotated[str | None, typer.Option(help="Your personas, to be checked too.")] = None,
+) -> None:
+    """Start a run of your own: a commented run.yaml for your model and questions; without any, the packaged example."""
+    from persona_pruner.errors import UserError
+    from persona_pruner.run.init import copy_example, write_config
+
+    if (backbone is None) != (not questions):
+        raise UserError("give --backbone and --questions for a configuration of your own, or neither for the example")
+    if backbone is None:
+        files, manifest = copy_example(directory), str(directory / "personas.jsonl")
+        say(f"wrote {', '.join(file.name for file in files)}")
+    else:
+        say(f"wrote {write_config(directory, backbone, questions, personas)}")
+        manifest = personas or "PERSONAS"
+    say(f"next:  persona-pruner run {manifest} --config {directory / 'run.yaml'} --output {directory / 'output'}")
+
+
+@app.command()
 def validate(manifest: ManifestArgument, as_json: JsonOption = False) -> None:
     """Check a manifest: every fault with its row, in one go. Reads only."""
     from persona_pruner.manifest import read_manifest

@@ -202,9 +202,10 @@ def select(table: pa.Table, conditions: Sequence[str]) -> pa.Table:
     return table
 
 
-def garbage(storage: Storage) -> list[str]:
-    """Keys that no further run needs: checkpoints and stored answers of personas that have a mask, their errors and
-    training data. Personas whose mask does not verify keep everything."""
+def garbage(storage: Storage, *, data: bool = False) -> list[str]:
+    """Keys that no further run needs: checkpoints, stored answers and errors of personas that have a mask; where
+    `data`, their questions and answers too, which `inspect` and the evaluation read. Personas whose mask does not
+    verify keep everything."""
     store = MaskStore(storage.url)
     masked = set()
     for persona_id in store.ids():
@@ -214,7 +215,7 @@ def garbage(storage: Storage) -> list[str]:
             continue
         masked.add(persona_id)
     found = []
-    for prefix in (keys.CHECKPOINTS, keys.ANSWERS, keys.ERRORS, keys.SYNTHESIS):
+    for prefix in (keys.CHECKPOINTS, keys.ANSWERS, keys.ERRORS, *([keys.SYNTHESIS] if data else [])):
         found += [item.key for item in storage.list(prefix) if keys.persona_of(item.key, prefix) in masked]
     return found
 

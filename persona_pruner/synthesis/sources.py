@@ -90,6 +90,11 @@ def _read(source: SourceConfig) -> list[Question]:
 
 def check_columns(source: SourceConfig) -> None:
     """Raise SourceError where a source cannot be read or lacks a column. Reads no more than its beginning."""
+    _require_columns(source, f"source {source.path}", list(first_row(source)))
+
+
+def first_row(source: SourceConfig) -> dict[str, Any]:
+    """Raises SourceError."""
     where = f"source {source.path}"
     rows = _rows(source, where, streaming=True)
     try:
@@ -98,7 +103,7 @@ def check_columns(source: SourceConfig) -> None:
         raise SourceError(f"{where}: cannot be read: {str(error.__cause__ or error).strip()[:200]}") from None
     if first is None:
         raise SourceError(f"{where}: has no rows")
-    _require_columns(source, where, list(first))
+    return dict(first)
 
 
 def _require_columns(source: SourceConfig, where: str, columns: Sequence[str]) -> None:

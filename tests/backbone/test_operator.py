@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from persona_pruner.backbone.operator import cache_directory, is_compiled
+from persona_pruner.backbone import operator
+from persona_pruner.backbone.operator import cache_directory, compile_operator, is_compiled
 
-LOAD = "from persona_pruner.backbone.operator import load_operator; load_operator()"
+LOAD = "from persona_pruner.backbone import operator
+from persona_pruner.backbone.operator import load_operator; load_operator()"
 
 
 def test_the_directory_is_one_for_each_set_of_versions(monkeypatch, tmp_path):
@@ -37,3 +39,22 @@ def test_another_environment_loads_what_was_compiled(tmp_path):
     no_compiler = environment | {"PATH": "/nowhere", "CXX": "/nowhere/c++"}
     subprocess.run([str(tmp_path / "other" / "bin" / "python"), "-c", LOAD], env=no_compiler, check=True)
     assert {file: file.stat().st_mtime_ns for file in cache_directory().glob("*/*")} == compiled
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="no operator on GPUs")
+def test_compiling_is_told_before_it_begins_and_never_without_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    events = []
+
+    def pretend(words, **_):
+        events.append(words[-1])
+        done = tmp_path / "deepspeed_shm_comm" / "compiled"
+        done.parent.mkdir()
+        done.touch()
+
+    monkeypatch.setattr(operator.subprocess, "run", pretend)
+    compile_operator(events.append)
+    assert "once on this machine" in events[0]
+    assert events[1:] == ["persona_pruner.backbone.operator"]
+    compile_operator(events.append)
+    assert len(events) == 2
