@@ -10,8 +10,7 @@ import torch
 from persona_pruner.backbone import operator
 from persona_pruner.backbone.operator import cache_directory, compile_operator, is_compiled
 
-LOAD = "from persona_pruner.backbone import operator
-from persona_pruner.backbone.operator import load_operator; load_operator()"
+LOAD = "from persona_pruner.backbone.operator import load_operator; load_operator()"
 
 
 def test_the_directory_is_one_for_each_set_of_versions(monkeypatch, tmp_path):
