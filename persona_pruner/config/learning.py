@@ -74,8 +74,14 @@ class LearningConfig(Section):
     """First scores: zeros, magnitude, activation, fisher (squared gradients of the mask, on up to 96 rows),
     `persona:<id>` (scores of a committed mask), `mean:<id>,<id>`, or pooled (one mask that the run first learns from
     the rows of `pooled_personas`)."""
+    optimizer: Hashed[Literal["adam", "value"]] = "adam"
+    """adam: scores are ranks, one second moment per layer. value: scores are what a channel is worth (nats per token,
+    from Fisher) and follow the gradients slowly; without learning_rate, schedule and grad_clip, and with `budget: free`
+    the layers share their channels anew in every step. Better on real language models."""
+    value_gradient: Annotated[NonNegative, HashedWhere(lambda learning: learning.optimizer == "value")] = 0.1
+    """value: weight of a step's gradient against what Fisher has foretold."""
     learning_rate: Hashed[Positive] = 0.02
-    """Rate of the scores; they start as ranks in (0, 1)."""
+    """adam: rate of the scores; they start as ranks in (0, 1)."""
     schedule: Hashed[Literal["constant", "linear", "cosine"]] = "constant"
     """Rate over the steps; linear and cosine go down to 0."""
     average: Hashed[Annotated[float, Field(ge=0, le=1)]] = 0.5
@@ -130,6 +136,11 @@ class LearningConfig(Section):
         if several and (self.budget != "uniform" or self.needs_pooled_mask):
             reason = f"budget = {self.budget}" if self.budget != "uniform" else "a pooled mask (init, core)"
             raise ValueError(f"{reason} needs one fixed ratio, not auto or halving.ratios")
+        if self.optimizer == "value" and (self.estimator != "ste" or self.init not in ("fisher", "pooled")):
+            raise ValueError(
+                f"optimizer = value needs estimator = ste and init = fisher or pooled, "
+                f"not {self.estimator} and {self.init}"
+            )
         if self.core > 0 and self.estimator == "soft_topk":
             raise ValueError(f"core = {self.core} needs the estimator ste or gumbel")
         if self.pooled_init not in POOLED_INITS:

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from persona_pruner.learning.outcome import Progress
-from persona_pruner.masks.format import Mask
+from persona_pruner.learning.outcome import LearnedScores, Progress
 
 
 class TrainingCallbacks:
@@ -20,8 +19,8 @@ class TrainingCallbacks:
         """Trained scores [L, I] to start from, on every rank; None where there are none."""
         return None
 
-    def pooled_mask(self) -> Mask | None:
-        """The mask learned from many personas' rows, with its scores, on every rank; None where there is none."""
+    def pooled_scores(self) -> LearnedScores | None:
+        """Of the mask learned from many personas' rows, on every rank; None where there is none."""
         return None
 
     def should_stop(self) -> bool:

@@ -16,8 +16,8 @@ from persona_pruner.learning.budgets import free_widths, kept_channels, rounded_
 from persona_pruner.learning.encoding import EncodedData, batch
 from persona_pruner.learning.estimators import topk_mask
 from persona_pruner.learning.fisher import fisher_scores
+from persona_pruner.learning.outcome import LearnedScores
 from persona_pruner.learning.training_free import activation_scores, magnitude, rank_normalize
-from persona_pruner.masks.format import Mask
 
 FISHER_ROWS = 96
 """Rows, over all personas, from which Fisher scores are taken: more hardly change them and cost a step each 16."""
@@ -31,6 +31,8 @@ class StartingPoint:
     scores_LI: Tensor
     widths_L: Tensor | None = None
     core_LI: Tensor | None = None
+    fisher_LI: Tensor | None = None
+    """For the value optimizer."""
 
 
 class StartingPoints:
@@ -47,7 +49,7 @@ class StartingPoints:
         config: LearningConfig,
         settings: MicroBatchConfig,
         warm_LI: Tensor | None = None,
-        pooled: Mask | None = None,
+        pooled: LearnedScores | None = None,
     ) -> None:
         self.runner, self.encoded, self.config, self.settings = runner, encoded, config, settings
         self.warm_LI, self.pooled = warm_LI, pooled
@@ -55,7 +57,24 @@ class StartingPoints:
 
     def start(self, init: str, ratio: float) -> StartingPoint:
         """For an `init` of the configuration. Raises PersonaError (no_warm_scores, no_pooled_mask)."""
+        if self.config.optimizer == "value":
+            return self._value_start(init, ratio)
         return StartingPoint(self.scores(init), self.widths(ratio), self.core())
+
+    def _value_start(self, init: str, ratio: float) -> StartingPoint:
+        """Scores are half of F, what a channel's removal costs. From the pooled mask, F is the mean of the pool's and
+        the persona's own, and the pool's scores move by what that changes."""
+        widths_L = None if self.config.budget == "free" else self.widths(ratio)
+        fisher_LI = self.fisher()
+        if init == "fisher":
+            return StartingPoint(fisher_LI / 2, widths_L, self.core(), fisher_LI)
+        pooled = self._pooled_scores()
+        if pooled.fisher_LI is None:
+            raise PersonaError("no_pooled_mask", f"{self.encoded.persona_id}: the pooled mask has no Fisher scores")
+        pooled_LI = pooled.fisher_LI.to(fisher_LI.device)
+        mean_LI = (fisher_LI + pooled_LI) / 2
+        scores_LI = self._checked(pooled.scores_LI, init) + (mean_LI - pooled_LI) / 2
+        return StartingPoint(scores_LI, widths_L, self.core(), mean_LI)
 
     def scores(self, init: str) -> Tensor:
         """Scores [L, I] (float32).
@@ -75,7 +94,7 @@ class StartingPoints:
         if init == "magnitude":
             return rank_normalize(magnitude(self.runner.backbone))
         if init == "pooled":
-            return self._checked(self._pooled_mask().scores_LI, init)
+            return self._checked(self._pooled_scores().scores_LI, init)
         return self._checked(self.warm_LI, init)
 
     def widths(self, ratio: float) -> Tensor | None:
@@ -94,7 +113,7 @@ class StartingPoints:
         """The channels that the pooled mask scores best (bool [L, I]): `learning.core` of those that it keeps."""
         if self.config.core == 0:
             return None
-        pooled = self._pooled_mask()
+        pooled = self._pooled_scores()
         widths_L = (self.config.core * pooled.keep_LI.sum(1).double()).round().long()
         scores_LI = self._checked(pooled.scores_LI, "pooled")
         return topk_mask(scores_LI, widths_L.to(scores_LI.device))
@@ -112,7 +131,7 @@ class StartingPoints:
             self._fisher_LI = torch.stack(scores).mean(0)
         return self._fisher_LI
 
-    def _pooled_mask(self) -> Mask:
+    def _pooled_scores(self) -> LearnedScores:
         if self.pooled is None:
             raise PersonaError("no_pooled_mask", f"{self.encoded.persona_id}: the run has no pooled mask to start from")
         return self.pooled

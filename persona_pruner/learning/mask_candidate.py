@@ -16,14 +16,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from persona_pruner.config.schema import LearningConfig
-from persona_pruner.errors import MaskError, PersonaError
-from persona_pruner.learning.budgets import kept_channels
+from persona_pruner.errors import PersonaError
+from persona_pruner.learning.budgets import free_widths, kept_channels
 from persona_pruner.learning.encoding import seeded
 from persona_pruner.learning.estimators import relaxed_mask, topk_mask, with_core
 from persona_pruner.learning.stoppers import Stopper
-from persona_pruner.masks.format import read_header
 
 logger = logging.getLogger(__name__)
+VALUE_RATE = 0.1
+"""Share of the way to its channel's value that a score goes in a step."""
 
 
 @dataclass(eq=False)
@@ -43,6 +44,8 @@ class MaskCandidate:
     """Channels that are kept whatever is learned (bool); only the scores of the others are."""
     steps: int = 0
     """Step budget; 0 takes that of the configuration."""
+    fisher_LI: Tensor | None = None
+    """What the value optimizer expects of each channel, nats per token."""
     step: int = 0
     rung: int = 0
     seconds: float = 0.0
@@ -68,12 +71,15 @@ class MaskCandidate:
         self.second_L1 = torch.zeros_like(self.scores_LI[:, :1])
         self.stopper = Stopper(self.config.stoppers)
 
-    def widths(self) -> Tensor:
-        """Channels that each layer keeps, int64 [L]."""
+    def widths(self, scores_LI: Tensor) -> Tensor:
+        """Channels that each layer keeps under such scores, int64 [L]."""
         if self.widths_L is not None:
             return self.widths_L
-        kept = kept_channels(self.channels, self.ratio, self.config.channel_multiple)
-        return torch.full((len(self.scores_LI),), kept, device=self.scores_LI.device)
+        layers, multiple = len(scores_LI), self.config.channel_multiple
+        kept = kept_channels(self.channels, self.ratio, multiple)
+        if self.config.budget == "free" and self.config.optimizer == "value":
+            return free_widths(scores_LI, layers * kept, multiple)
+        return torch.full((layers,), kept, device=scores_LI.device)
 
     def learned(self) -> Tensor:
         """The scores that the mask is made of: averaged over the tail of the training (Polyak), once it is reached."""
@@ -81,38 +87,66 @@ class MaskCandidate:
 
     def mask(self) -> Tensor:
         """The hard mask, bool [L, I]."""
-        return topk_mask(with_core(self.learned(), self.core_LI), self.widths())
+        return self._hard_mask(self.learned())
+
+    def _hard_mask(self, scores_LI: Tensor) -> Tensor:
+        ordered_LI = with_core(scores_LI, self.core_LI)
+        return topk_mask(ordered_LI, self.widths(ordered_LI))
 
     def training_mask(self) -> tuple[Tensor, Tensor]:
         """The mask of this step, float32 with a graph to the scores, and those scores (a leaf)."""
         leaf = self.scores_LI.detach().requires_grad_()
         noise = seeded("noise", self.config.seed, self.persona_id, self.step)
         config = self.config
-        return relaxed_mask(leaf, self.widths(), config.estimator, config.temperature, noise, self.core_LI), leaf
+        widths_L = self.widths(with_core(self.scores_LI, self.core_LI))
+        return relaxed_mask(leaf, widths_L, config.estimator, config.temperature, noise, self.core_LI), leaf
 
     def update(self, grad_LI: Tensor) -> None:
-        """One step on the clipped gradient: Adam with one second moment per layer, as Adam-mini (arXiv 2406.16793).
+        """One step of the optimizer, and the mean of the scores.
+
+        Raises PersonaError (not_finite) and leaves everything as it was where gradient or scores are not finite.
+        """
+        if not (torch.isfinite(grad_LI).all() and torch.isfinite(self.scores_LI).all()):
+            raise PersonaError("not_finite", f"{self.persona_id}: loss or scores not finite at step {self.step}")
+        if self.core_LI is not None:
+            grad_LI = grad_LI.masked_fill(self.core_LI, 0)
+        if self.config.optimizer == "value":
+            self._follow_values(grad_LI)
+        else:
+            self._adam(grad_LI)
+        self.step += 1
+        if self.step > (1 - self.config.average) * self.steps:
+            self.averaged += 1
+            mean_LI = self.scores_LI if self.mean_LI is None else self.mean_LI
+            self.mean_LI = mean_LI + (self.scores_LI - mean_LI) / self.averaged
+
+    def _follow_values(self, grad_LI: Tensor) -> None:
+        """Each score moves towards what its channel is worth: half of F, and what the gradient says beyond F.
+
+        F / 2 is what removing a channel costs to second order, so that a channel that is kept is expected to have
+        gradient 0 and one that is not to have -F. A single step's gradient is mostly noise at the threshold: hence its
+        small weight. Nothing is normalised, and so no heavy-tailed channel decides for the others.
+        """
+        assert self.fisher_LI is not None
+        removed_LI = (~self._hard_mask(self.scores_LI)).float()
+        surprise_LI = -grad_LI - self.fisher_LI * removed_LI
+        value_LI = self.fisher_LI / 2 + self.config.value_gradient * surprise_LI
+        moved_LI = self.scores_LI + VALUE_RATE * (value_LI - self.scores_LI)
+        self.scores_LI = moved_LI if self.core_LI is None else torch.where(self.core_LI, self.scores_LI, moved_LI)
+
+    def _adam(self, grad_LI: Tensor) -> None:
+        """Adam on the clipped gradient with one second moment per layer, as Adam-mini (arXiv 2406.16793).
 
         A second moment of each channel would give channels that do not matter steps as long as those that do, and
         noise decides at the threshold. Betas 0.9 and 0.99.
-        Raises PersonaError (not_finite) and leaves everything as it was where gradient or scores are not finite.
         """
-        if self.core_LI is not None:
-            grad_LI = grad_LI.masked_fill(self.core_LI, 0)
         norm = grad_LI.norm()
-        if not (torch.isfinite(norm) and torch.isfinite(self.scores_LI).all()):
-            raise PersonaError("not_finite", f"{self.persona_id}: loss or scores not finite at step {self.step}")
         grad_LI = grad_LI * (self.config.grad_clip / norm.clamp_min(self.config.grad_clip))
         count = self.step + 1
         self.first_LI.lerp_(grad_LI, 0.1)
         self.second_L1.lerp_(self._mean_square(grad_LI), 0.01)
         scale_L1 = (self.second_L1 / (1 - 0.99**count)).sqrt_().add_(1e-12)
         self.scores_LI = self.scores_LI - self._rate() / (1 - 0.9**count) * self.first_LI / scale_L1
-        self.step = count
-        if count > (1 - self.config.average) * self.steps:
-            self.averaged += 1
-            mean_LI = self.scores_LI if self.mean_LI is None else self.mean_LI
-            self.mean_LI = mean_LI + (self.scores_LI - mean_LI) / self.averaged
 
     def _mean_square(self, grad_LI: Tensor) -> Tensor:
         """[L, 1], over the channels that are learned."""
@@ -128,7 +162,7 @@ class MaskCandidate:
 
 
 _MADE_WITH = ("persona_id", "channels", "ratio", "learning_rate", "name", "steps")
-_TENSORS = ("scores", "widths", "core", "first", "second", "mean", "accepted", "last")
+_TENSORS = ("scores", "widths", "core", "fisher", "first", "second", "mean", "accepted", "last")
 _PROGRESS = ("step", "rung", "seconds", "tokens", "heldout", "averaged")
 
 
@@ -142,6 +176,7 @@ def to_bytes(candidates: Sequence[MaskCandidate], data_sha256: str) -> bytes:
             "scores": candidate.scores_LI,
             "widths": candidate.widths_L,
             "core": candidate.core_LI,
+            "fisher": candidate.fisher_LI,
             "first": candidate.first_LI,
             "second": candidate.second_L1,
             "mean": candidate.mean_LI,
@@ -159,7 +194,7 @@ def from_bytes(
 ) -> list[MaskCandidate] | None:
     """The candidates of a checkpoint, exactly as they were; None where it was made from other data or is unreadable."""
     try:
-        header = read_header(data, "checkpoint")
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         if header["data_sha256"] != data_sha256:
             return None
         tensors = {name: tensor.to(device) for name, tensor in load(data).items()}
@@ -167,7 +202,7 @@ def from_bytes(
             _restored(config, values, {name: tensors.get(f"{index}.{name}") for name in _TENSORS})
             for index, values in enumerate(json.loads(header["candidates"]))
         ]
-    except (MaskError, SafetensorError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         logger.warning("a checkpoint cannot be read (%s: %s); its persona starts anew", type(error).__name__, error)
         return None
 
@@ -180,7 +215,7 @@ def _restored(config: LearningConfig, values: dict[str, Any], tensors: dict[str,
     for name in _PROGRESS:
         setattr(candidate, name, values[name])
     candidate.first_LI, candidate.second_L1 = first_LI, second_L1
-    candidate.widths_L, candidate.core_LI = tensors["widths"], tensors["core"]
+    candidate.widths_L, candidate.core_LI, candidate.fisher_LI = tensors["widths"], tensors["core"], tensors["fisher"]
     candidate.mean_LI, candidate.accepted_LI = tensors["mean"], tensors["accepted"]
     candidate.stopper.best, candidate.stopper.stale = values["best"], values["stale"]
     candidate.stopper.last_LI = tensors["last"]

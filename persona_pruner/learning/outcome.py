@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import version
 
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.schema import LearningConfig
 from persona_pruner.dataset import PersonaData
-from persona_pruner.errors import PersonaError
+from persona_pruner.errors import MaskError, PersonaError
 from persona_pruner.learning.encoding import PooledData
 from persona_pruner.learning.mask_candidate import MaskCandidate
 from persona_pruner.learning.stoppers import StopReason
@@ -37,6 +41,29 @@ class Progress:
     seconds: float
 
 
+@dataclass(frozen=True)
+class LearnedScores:
+    """What a finished mask was made of, in full precision: where other masks can start."""
+
+    scores_LI: Tensor
+    keep_LI: Tensor
+    fisher_LI: Tensor | None = None
+    """Fisher scores that the value optimizer learned with."""
+
+    def to_bytes(self) -> bytes:
+        fisher = {} if self.fisher_LI is None else {"fisher": self.fisher_LI}
+        return save({"scores": self.scores_LI, "keep": self.keep_LI, **fisher})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> "LearnedScores":
+        """Raises MaskError, which names `where`."""
+        try:
+            tensors = load(data)
+            return cls(tensors["scores"], tensors["keep"], tensors.get("fisher"))
+        except (SafetensorError, KeyError) as error:
+            raise MaskError(f"{where}: not the scores of a mask ({type(error).__name__}); remove it") from None
+
+
 class TrainingStatus(StrEnum):
     DONE = "done"
     PAUSED = "paused"
@@ -57,6 +84,8 @@ class TrainingResult:
     tokens: int = 0
     reason: StopReason | None = None
     mask: Mask | None = None
+    learned: LearnedScores | None = None
+    """Of pooled rows, together with the mask."""
     cause: str = ""
     message: str = ""
     busy_seconds: float = 0.0
@@ -67,7 +96,13 @@ class TrainingResult:
         return cls(persona_id=persona_id, status=TrainingStatus.FAILED, cause=error.cause, message=str(error))
 
     @classmethod
-    def done(cls, candidate: MaskCandidate, reason: StopReason, mask: Mask | None) -> "TrainingResult":
+    def done(
+        cls,
+        candidate: MaskCandidate,
+        reason: StopReason,
+        mask: Mask | None = None,
+        learned: LearnedScores | None = None,
+    ) -> "TrainingResult":
         return cls(
             persona_id=candidate.persona_id,
             status=TrainingStatus.DONE,
@@ -77,6 +112,7 @@ class TrainingResult:
             tokens=candidate.tokens,
             reason=reason,
             mask=mask,
+            learned=learned,
         )
 
     @classmethod
@@ -88,6 +124,11 @@ class TrainingResult:
             seconds=sum(candidate.seconds for candidate in candidates),
             tokens=sum(candidate.tokens for candidate in candidates),
         )
+
+
+def candidate_scores(candidate: MaskCandidate) -> LearnedScores:
+    fisher_LI = None if candidate.fisher_LI is None else candidate.fisher_LI.cpu()
+    return LearnedScores(candidate.learned().cpu(), candidate.mask().cpu(), fisher_LI)
 
 
 def make_mask(backbone: Backbone, config: LearningConfig, candidate: MaskCandidate, origin: MaskOrigin) -> Mask:

@@ -26,7 +26,7 @@ from persona_pruner.learning.encoding import EncodedData, PooledData, encode
 from persona_pruner.learning.init_scores import StartingPoints
 from persona_pruner.learning.mask_candidate import MaskCandidate
 from persona_pruner.learning.objective import heldout_cross_entropy, mask_gradient
-from persona_pruner.learning.outcome import MaskOrigin, Progress, TrainingResult, make_mask
+from persona_pruner.learning.outcome import MaskOrigin, Progress, TrainingResult, candidate_scores, make_mask
 from persona_pruner.learning.persona_training import PersonaTraining
 from persona_pruner.learning.stoppers import StopReason
 from persona_pruner.learning.teacher import TeacherCache
@@ -140,7 +140,7 @@ class MaskTrainer:
     def _new_candidates(
         self, runner: BackboneRunner, encoded: EncodedData, callbacks: TrainingCallbacks
     ) -> list[MaskCandidate]:
-        pooled = callbacks.pooled_mask() if self.learning.needs_pooled_mask else None
+        pooled = callbacks.pooled_scores() if self.learning.needs_pooled_mask else None
         warm_LI = callbacks.warm_scores(encoded.persona_id)
         starts = StartingPoints(runner, encoded, self.learning, self.settings, warm_LI, pooled)
         steps = self.learning.steps_for(len(encoded.train))
@@ -159,6 +159,7 @@ class MaskTrainer:
                     start.widths_L,
                     start.core_LI,
                     steps,
+                    start.fisher_LI,
                 )
             )
         return candidates
@@ -255,9 +256,12 @@ class MaskTrainer:
     def _finish(self, persona: PersonaTraining, reason: StopReason | None, run_id: str) -> TrainingResult:
         assert reason is not None
         candidate = persona.candidates[0]
+        if self.backbone.world.rank != 0:
+            return TrainingResult.done(candidate, reason)
         origin = MaskOrigin(persona.data, persona.unpruned_loss, run_id)
-        mask = make_mask(self.backbone, self.learning, candidate, origin) if self.backbone.world.rank == 0 else None
-        return TrainingResult.done(candidate, reason, mask)
+        mask = make_mask(self.backbone, self.learning, candidate, origin)
+        learned = candidate_scores(candidate) if isinstance(persona.data, PooledData) else None
+        return TrainingResult.done(candidate, reason, mask, learned)
 
     def _heldout_loss(self, runner: BackboneRunner, encoded: EncodedData, mask_LI: Tensor | None) -> float | None:
         """Cross-entropy of the held-out rows, nats per token; None where there are none."""

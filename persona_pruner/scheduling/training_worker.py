@@ -19,7 +19,7 @@ from persona_pruner.dataset import PersonaData, read_persona_data, uses_unfinish
 from persona_pruner.errors import MaskError, PersonaError, StorageError
 from persona_pruner.evaluation import table
 from persona_pruner.learning.callbacks import TrainingCallbacks
-from persona_pruner.learning.outcome import Progress, TrainingResult, TrainingStatus
+from persona_pruner.learning.outcome import LearnedScores, Progress, TrainingResult, TrainingStatus
 from persona_pruner.learning.pooled import global_config, pooled_config, train_pooled
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.manifest import Persona
@@ -117,7 +117,8 @@ class TrainingWorker:
         result = train_pooled(self.backbone, config, data, self.run_id, _PooledCallbacks(self))
         if result.status is TrainingStatus.FAILED:
             raise PersonaError(result.cause, result.message)
-        if result.mask is not None:
+        if result.mask is not None and result.learned is not None:
+            self.storage.put(keys.POOLED_SCORES, result.learned.to_bytes())
             self.storage.put_if_absent(keys.POOLED_MASK, result.mask.to_bytes())
             self.storage.delete(keys.POOLED_CHECKPOINT)
         return result.status is TrainingStatus.DONE
@@ -181,9 +182,10 @@ class _WorkerCallbacks(TrainingCallbacks):
             scores.append(mask.scores_LI.float())
         return torch.stack(scores).mean(0)
 
-    def pooled_mask(self) -> Mask | None:
+    def pooled_scores(self) -> LearnedScores | None:
+        key = keys.POOLED_SCORES
         try:
-            return Mask.from_bytes(self.storage.get(keys.POOLED_MASK), f"{self.storage.url}/{keys.POOLED_MASK}")
+            return LearnedScores.from_bytes(self.storage.get(key), f"{self.storage.url}/{key}")
         except NotFoundError:
             return None
 
@@ -206,7 +208,7 @@ class _PooledCallbacks(_WorkerCallbacks):
     def write_checkpoint(self, persona_id: str, data: bytes) -> None:
         self.storage.put(keys.POOLED_CHECKPOINT, data)
 
-    def pooled_mask(self) -> Mask | None:
+    def pooled_scores(self) -> LearnedScores | None:
         return None
 
 
@@ -216,8 +218,8 @@ class _GlobalCallbacks(TrainingCallbacks):
     def __init__(self, worker: TrainingWorker) -> None:
         self._inner = _WorkerCallbacks(worker)
 
-    def pooled_mask(self) -> Mask | None:
-        return self._inner.pooled_mask()
+    def pooled_scores(self) -> LearnedScores | None:
+        return self._inner.pooled_scores()
 
 
 RemoteTrainingWorker: Any = ray.remote(concurrency_groups={"control": 2}, max_restarts=0)(TrainingWorker)  # type: ignore[call-overload]

@@ -17,6 +17,7 @@ LEASES = "lease/"
 POOLED_SAMPLE = "pooled/sample.json"
 """Ids of the personas whose rows the pooled mask is learned from: decided once, so that a manifest may grow."""
 POOLED_MASK = "pooled/mask.safetensors"
+POOLED_SCORES = "pooled/scores.safetensors"
 POOLED_CHECKPOINT = "pooled/checkpoint.safetensors"
 
 

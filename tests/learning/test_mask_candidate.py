@@ -76,3 +76,18 @@ def test_damaged_bytes_and_other_data_are_no_checkpoint(damage):
     data = to_bytes([candidate()], "data")
     assert from_bytes(damage(data), CONFIG, "data", torch.device("cpu")) is None
     assert from_bytes(data, CONFIG, "other", torch.device("cpu")) is None
+
+
+def test_a_value_step_moves_the_scores_towards_fisher_and_what_the_gradient_adds():
+    config = LearningConfig(
+        channel_multiple=4, steps=4, init="fisher", optimizer="value", budget="free", value_gradient=0.1
+    )
+    draw = torch.Generator().manual_seed(0)
+    fisher, (grad,) = torch.rand(2, 16, generator=draw) ** 4, grads(1)
+    trained = MaskCandidate(config, "ada", fisher / 2, 16, 0.5, 0.1, fisher_LI=fisher)
+    kept = torch.zeros(2, 16)
+    kept.view(-1)[fisher.flatten().topk(16).indices] = 1
+    assert torch.equal(trained.mask().float(), kept)
+    trained.update(grad)
+    value = fisher / 2 + 0.1 * (-grad - fisher * (1 - kept))
+    assert torch.allclose(trained.scores_LI, 0.9 * fisher / 2 + 0.1 * value)
