@@ -164,7 +164,10 @@ def lm_head_loss_and_grad(
             grad_logits_NV.scatter_add_(1, target_N1, one_hot)
         if gradient:
             grad_logits_NV.mul_(micro_batch.weight_N[chunk, None])
-            grads.append(torch.autograd.grad(logits_NV, leaf, grad_logits_NV.to(logits_NV.dtype))[0])
+            # Not torch.autograd.grad, which fails on leaves while FlopCounterMode watches (mask_step.py).
+            logits_NV.backward(grad_logits_NV.to(logits_NV.dtype))
+            assert leaf.grad is not None
+            grads.append(leaf.grad)
     return TokenLosses(torch.cat(cross_entropy), torch.cat(divergence), torch.cat(grads) if gradient else None)
 
 
