@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -13,5 +14,8 @@ def test_version_and_module_form_agree():
     assert module.stdout == version
 
 
-def test_completion_can_be_shown():
-    assert "_PERSONA_PRUNER_COMPLETE" in run("--show-completion", "bash").stdout
+def test_a_shell_completes_commands():
+    asked = {"_PERSONA_PRUNER_COMPLETE": "complete_bash", "COMP_WORDS": "persona-pruner val", "COMP_CWORD": "1"}
+    command = [sys.executable, "-m", "persona_pruner"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | asked)
+    assert done.stdout.split() == ["validate"]
