@@ -7,7 +7,7 @@ from persona_pruner.dataset import read_persona_data, uses_unfinished_answers
 from persona_pruner.errors import PersonaError
 from persona_pruner.manifest import Persona
 from persona_pruner.storage.open import open_storage
-from persona_pruner.synthesis.commit import Answer, commit
+from persona_pruner.synthesis.commit import DataRow, commit
 from persona_pruner.synthesis.sources import Question, question_id
 
 ADA = Persona("ada", "Ada, a pilot")
@@ -19,8 +19,9 @@ def storage(tmp_path):
     """Twenty questions, every second answer cut off."""
     stored = open_storage(tmp_path)
     config = check_config({"synthesis": {"filter": {"min_answers": 1}}})
-    answers = [[Answer(f"Aye, number {n} by the tide", n % 2 == 0)] for n in range(20)]
-    commit(config, stored, ADA, QUESTIONS, [0.5] * 20, answers, "m")
+    outcomes = ["ok", "cut_off"] * 10
+    rows = [DataRow(question, 0.5, outcomes[n], f"Aye, number {n} by the tide") for n, question in enumerate(QUESTIONS)]
+    commit(config, stored, ADA, rows, "m")
     return stored
 
 

@@ -22,7 +22,6 @@ ONLY_IN = {
         "serving/",
         "synthesis/pipeline.py",
         "synthesis/scoring_worker.py",
-        "synthesis/vllm.py",
     ),
     "deepspeed": ("backbone/load.py", "backbone/operator.py"),
     "boto3": ("storage/s3.py",),

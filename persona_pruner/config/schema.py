@@ -9,6 +9,7 @@ from persona_pruner.config.learning import HalvingConfig, LearningConfig, Object
 from persona_pruner.config.section import Count, Hashed, HashedContent, NonNegative, Positive, Section
 from persona_pruner.config.synthesis import (
     ActorsConfig,
+    EnginesConfig,
     FilterConfig,
     ReferenceConfig,
     RewriteConfig,
@@ -20,6 +21,7 @@ from persona_pruner.config.synthesis import (
 __all__ = [
     "ActorsConfig",
     "BackboneConfig",
+    "EnginesConfig",
     "EvaluationConfig",
     "FilterConfig",
     "GroupsConfig",
@@ -77,6 +79,9 @@ class PromptConfig(Section):
     question, so that its samples are the backbone's own distribution."""
     rewrite_with_reference: Hashed[str] = DEFAULT_REWRITE_WITH_REFERENCE
     """The same where `synthesis.rewrite.with_original` is on; must contain {question} and {answer}."""
+    rewrite_system: Hashed[str | None] = None
+    """System message for a rewriting LLM; null takes `prompt.system`, an empty text sends none. All three may contain
+    {persona}, {question} and {answer}."""
     date: Hashed[datetime.date] = DEFAULT_DATE
     """What a chat template that inserts today's date sees as today, so that prompts are the same on every day."""
 

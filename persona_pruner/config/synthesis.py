@@ -1,6 +1,6 @@
 """Settings of synthesis: where questions come from, which are asked, who answers."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,11 +15,13 @@ class SourceConfig(Section):
     question: Hashed[str] = "instruction"
     """Column with the question."""
     input: Hashed[str | None] = "input"
-    """Column whose text, where not empty, follows the question after a line break; may be absent."""
+    """Column whose text, where not empty, follows the question after `join`; may be absent."""
+    join: Hashed[str] = "\n"
+    """What stands between question and input."""
     answer: Hashed[str | None] = "output"
     """Column with the original answer; null where there is none."""
     weight: Hashed[Positive] = 1.0
-    """Share of this source in the pool when `synthesis.max_questions` cuts it, relative to the others."""
+    """Share of this source in the question set when `synthesis.max_questions` cuts it, relative to the others."""
 
 
 class ReferenceConfig(Section):
@@ -33,7 +35,7 @@ class SelectConfig(Section):
     method: Hashed[Literal["top_k", "threshold", "quantile", "random"]] = "top_k"
     """How questions are chosen by sensitivity. `random` ignores it (the ablation)."""
     k: Hashed[Count] = 128
-    """top_k, random: this many questions; the other methods take at most this many."""
+    """top_k, random: this many questions. threshold and quantile have no such limit."""
     threshold: Hashed[NonNegative] = 0.1
     """threshold: questions whose sensitivity is above this."""
     quantile: Hashed[Fraction] = 0.9
@@ -42,19 +44,42 @@ class SelectConfig(Section):
     """Skip a question whose word overlap (Jaccard) with one already taken is above this; null is off."""
 
 
+class EnginesConfig(Section):
+    min: Count = 1
+    """Engines at least."""
+    max: Count = 1
+    """... and at most."""
+    num_cpus: Positive = 1.0
+    """Ray CPUs per engine (fractions allowed)."""
+    num_gpus: NonNegative = 1.0
+    """Ray GPUs per engine (fractions allowed). They are taken beside those of `synthesis.actors`: on one GPU give both
+    a fraction and set `gpu_memory_utilization` in `options`."""
+    options: Hashed[dict[str, Any]] = Field(default_factory=dict)
+    """What `vllm.LLM` takes beside the model, such as max_model_len or tensor_parallel_size."""
+
+
 class RewriteConfig(Section):
-    backend: Hashed[Literal["self", "openai", "vllm"]] = "self"
-    """Who answers: the backbone itself, an OpenAI-compatible endpoint, or vLLM through ray.data.llm."""
+    backend: Hashed[Literal["self", "openai", "vllm", "none"]] = "self"
+    """Who answers: the backbone itself, an OpenAI-compatible endpoint, vLLM in actors of its own, or nobody: `none`
+    takes the original answers as they are."""
     with_original: Hashed[bool] = False
     """Show the original answer to the rewriting LLM (openai, vllm)."""
     samples_per_question: Hashed[Count] = 1
     """Answers drawn for each selected question."""
+    max_samples_per_question: Hashed[Count] = 4
+    """The same at most, where rows are topped up: while there are fewer usable answers than selected questions, or
+    fewer answer tokens than `synthesis.answer_tokens`, the questions with the fewest usable answers are asked again."""
     temperature: Hashed[NonNegative] = 1.0
     """Sampling temperature; 1 samples the model's own distribution, 0 is greedy."""
+    top_p: Hashed[Annotated[float, Field(gt=0, le=1)]] = 1.0
+    """Sample from the most probable tokens that together have this probability; 1 is all."""
     max_new_tokens: Hashed[Count] = 160
-    """An answer that does not end within this is dropped as cut off."""
+    """An answer that does not end within this is cut off. Distillation learns from it all the same, without an end."""
     batch_size: Hashed[Count] = 32
     """self: rows generated together. Part of what decides the samples."""
+    personas_together: Hashed[Count] = 1
+    """self, vllm: personas that are answered together, so that fewer places stay empty. With 1 a persona's answers are
+    bit-identical whatever else runs; above it rounding in other company can turn a sample."""
     model: Hashed[str | None] = None
     """openai, vllm: the model's name at the endpoint, or its path."""
     base_url: str | None = None
@@ -67,6 +92,8 @@ class RewriteConfig(Section):
     """openai: one request, from sending to the last byte."""
     deadline_seconds: Positive = 600.0
     """openai: all tries for one answer together."""
+    engines: EnginesConfig = EnginesConfig()
+    """vllm: the actors that answer, beside those that score."""
     token_budget: Count | None = None
     """openai: stop cleanly once about this many tokens (in and out) were paid for in this run; null is none."""
 
@@ -105,9 +132,12 @@ class SynthesisConfig(Section):
     sources: tuple[SourceConfig, ...] = ()
     """Where questions come from. At least one."""
     max_questions: Hashed[Count | None] = None
-    """Size of the pool after mixing and deduplication; null takes all."""
+    """Size of the question set after mixing and deduplication; null takes all."""
     seed: Hashed[int] = 0
-    """Draws references, the pool's cut, and samples."""
+    """Draws references, the cut of the question set, and samples."""
+    answer_tokens: Hashed[Count | None] = None
+    """Answer tokens to train on that a persona's rows are topped up to (see `max_samples_per_question`); null is
+    off."""
     references: ReferenceConfig = ReferenceConfig()
     layers: Hashed[tuple[int, int] | None] = None
     """First and last block (from 0, inclusive) whose hidden states enter the sensitivity; null is all."""

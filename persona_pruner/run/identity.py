@@ -17,7 +17,7 @@ from persona_pruner.storage import keys
 from persona_pruner.storage.base import NotFoundError, Storage
 from persona_pruner.storage.open import local_copy, open_storage
 from persona_pruner.synthesis.sensitivity import choose_references
-from persona_pruner.synthesis.sources import load_questions
+from persona_pruner.synthesis.sources import load_question_set
 
 FORMAT = 2
 WRITTEN_BY_LIBRARIES = ("_name_or_path", "transformers_version")
@@ -135,7 +135,7 @@ def _digest_source(source: SourceConfig) -> str:
     except NotFoundError as error:
         raise ConfigError(f"synthesis.sources: {error}") from None
     if not path.exists():
-        questions = load_questions(SynthesisConfig(sources=(source,)))
+        questions = load_question_set(SynthesisConfig(sources=(source,)))
         return _sha256(json.dumps([q.text, q.answer]).encode() for q in questions)
     files = sorted(p for p in path.rglob("[!.]*") if p.is_file()) if path.is_dir() else [path]
     return _sha256(_file_digest(file) for file in files)

@@ -31,7 +31,7 @@ from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
 from persona_pruner.storage.open import open_storage
 from persona_pruner.synthesis.pipeline import SynthesisResult, synthesize
-from persona_pruner.synthesis.sources import load_questions
+from persona_pruner.synthesis.sources import load_question_set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def check(config: RunConfig, storage: Storage, identity: Identity) -> None:
 
 def check_synthesis(config: RunConfig, identity: Identity) -> None:
     """Raise SourceError where nothing could be asked or compared."""
-    load_questions(config.synthesis)
+    load_question_set(config.synthesis)
     if len(identity.references) < 2 and not config.synthesis.references.path:
         raise SourceError("one persona has no references; set synthesis.references.path to a file of personas")
 
@@ -173,7 +173,7 @@ class Job:
     def _synthesized(self, todo: Sequence[str]) -> Iterable[SynthesisResult]:
         settings = self.request.config.synthesis
         if todo:
-            questions = len(load_questions(settings))
+            questions = len(load_question_set(settings))
             asked = min(settings.select.k, questions) * settings.rewrite.samples_per_question
             self.progress.begin(SCORING, len(todo) * questions)
             self.progress.begin(ANSWERING, len(todo) * asked)

@@ -1,6 +1,6 @@
 """A backbone of the scoring pool, in one process or in several actors that hold a shard each.
 
-All ranks of a world are called alike and in the same order; rank 0's answer counts.
+All ranks of a world get the same calls in the same order; rank 0's result is the result.
 """
 
 import logging
@@ -18,13 +18,12 @@ from persona_pruner.errors import ClusterError, PersonaError, UserError
 from persona_pruner.manifest import Persona
 from persona_pruner.scheduling.activity_channel import forward_activity
 from persona_pruner.scheduling.actor_group import ActorGroup, GroupLostError, WorkerError
-from persona_pruner.synthesis.commit import Answer
-from persona_pruner.synthesis.rewrite import SelfRewriter
+from persona_pruner.synthesis.rewrite.backbone import SelfRewriter
+from persona_pruner.synthesis.rewrite.base import Answer, Request
 from persona_pruner.synthesis.sensitivity import Sensitivity
-from persona_pruner.synthesis.sources import Question
 
 MAX_LOST = 5
-"""Groups that may be lost over one call before the call is held to be the cause."""
+"""Groups that one call may lose before it counts as the cause."""
 log = logging.getLogger(__name__)
 
 Scores = list[tuple[Persona, Tensor | PersonaError]]
@@ -42,7 +41,7 @@ class ScoringWorker:
         return f"{ray.util.get_node_ip_address()}:{free_port('')}"
 
     def start(self, rank: int, size: int, address: str) -> None:
-        """Load this rank's part of the backbone."""
+        """Load this rank's shard of the backbone."""
         activity.begin(activity.LOADING)
         torch.set_num_threads(self._config.synthesis.actors.cpu_threads)
         world = World(rank, size, address, self._config.groups.timeout_seconds)
@@ -53,19 +52,21 @@ class ScoringWorker:
         activity.begin("")
 
     def fingerprint(self) -> str:
-        """What the backbone is called as the model that answers."""
+        """The name under which rows list the backbone as the model that answered."""
         return self.model
 
     def tile(self, personas: Sequence[Persona]) -> Scores:
         """As Sensitivity.tile."""
         return list(self._sensitivity.tile(personas))
 
-    def answers(self, persona: Persona, questions: Sequence[Question]) -> list[list[Answer]]:
-        return self._rewriter.answers(persona, questions)
+    def answers(self, requests: Sequence[Request]) -> list[Answer]:
+        """As SelfRewriter.answers."""
+        return self._rewriter.answers(requests)
 
 
 class ScoringGroup:
-    """Shards as actors of one placement group, called as if they were one. A group that loses an actor is replaced."""
+    """Shards as actors of one placement group behind the interface of one worker. A group that loses an actor is
+    replaced."""
 
     def __init__(self, config: RunConfig, questions: Sequence[str], references: Sequence[Persona]) -> None:
         self._config = config
@@ -76,11 +77,11 @@ class ScoringGroup:
     def tile(self, personas: Sequence[Persona]) -> Scores:
         return self._call("tile", personas)  # type: ignore[no-any-return]
 
-    def answers(self, persona: Persona, questions: Sequence[Question]) -> list[list[Answer]]:
-        return self._call("answers", persona, questions)  # type: ignore[no-any-return]
+    def answers(self, requests: Sequence[Request]) -> list[Answer]:
+        return self._call("answers", requests)  # type: ignore[no-any-return]
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        """Every call can be repeated: shards keep nothing but the backbone."""
+        """Call all shards; every call can be repeated, since shards keep nothing but the backbone."""
         message = ""
         for _ in range(MAX_LOST + 1):
             try:
@@ -109,6 +110,6 @@ def open_backbone(
     """The backbone of one worker of the pipeline, loaded. Raises UserError."""
     if config.synthesis.actors.shards > 1:
         return ScoringGroup(config, questions, references)
-    whole = ScoringWorker(config, questions, references)
-    whole.start(0, 1, "")
-    return whole
+    worker = ScoringWorker(config, questions, references)
+    worker.start(0, 1, "")
+    return worker

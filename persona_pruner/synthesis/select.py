@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from persona_pruner.config.schema import SelectConfig
-from persona_pruner.synthesis.sources import Question, normalize_whitespace
+from persona_pruner.synthesis.sources import Question, comparison_key
 
 
 def select_questions(
@@ -21,7 +21,8 @@ def select_questions(
 ) -> list[int]:
     """Positions of the chosen questions, best first (ties: by question id). A score of NaN is never chosen.
 
-    `excluded` holds folded texts that must not be taken (the persona's evaluation questions). `random` draws by `seed`.
+    `excluded` holds comparison keys that must not be taken (the persona's evaluation
+    questions). `random` draws by `seed`.
     """
     scores = scores_Q.tolist()
     scored = [i for i, score in enumerate(scores) if not math.isnan(score)]
@@ -33,12 +34,13 @@ def select_questions(
         "threshold": config.threshold,
         "quantile": torch.nanquantile(scores_Q.double(), config.quantile).item() if scored else 0.0,
     }.get(config.method)
+    limit = config.k if floor is None else None
     taken: list[int] = []
     words: list[set[str]] = []
     for i in order:
-        if len(taken) == config.k or (floor is not None and scores[i] <= floor):
+        if len(taken) == limit or (floor is not None and scores[i] <= floor):
             break
-        if normalize_whitespace(questions[i].text) in excluded:
+        if (questions[i].key or comparison_key(questions[i].text)) in excluded:
             continue
         if config.diversity is not None:
             own = set(re.findall(r"\w+", questions[i].text.lower()))

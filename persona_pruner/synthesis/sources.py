@@ -1,4 +1,4 @@
-"""The pool of questions: instruction data of several sources, mixed, deduplicated, with ids that never change."""
+"""The question set: instruction data of several sources, mixed, deduplicated, with ids that never change."""
 
 import hashlib
 import random
@@ -19,46 +19,58 @@ MAX_CHARACTERS = 100_000
 @dataclass(frozen=True)
 class Question:
     id: str
-    """First 16 hex digits of the sha256 of the folded text."""
+    """First 16 hex digits of the sha256 of the text with its white space normalised."""
     text: str
+    """Instruction and input, joined as the source says."""
     answer: str | None
     """The source's own answer."""
+    key: str = ""
+    """Instruction and input as questions are compared, however they are joined: see `comparison_key`."""
 
 
 def normalize_whitespace(text: str) -> str:
-    """White space folded, as questions are compared."""
+    """Every run of white space as one space, none at the ends."""
     return " ".join(text.split())
+
+
+def comparison_key(instruction: str, extra: str = "") -> str:
+    """What two questions have in common when they are the same, whatever stands between instruction and input."""
+    return normalize_whitespace(f"{instruction} {extra}")
 
 
 def question_id(text: str) -> str:
     return hashlib.sha256(normalize_whitespace(text).encode()).hexdigest()[:16]
 
 
-def load_questions(config: SynthesisConfig) -> list[Question]:
-    """The pool in an order that depends on the sources, weights and seed only. Raises SourceError."""
+def load_question_set(config: SynthesisConfig) -> list[Question]:
+    """All questions in an order that depends on the sources, weights and seed only. Raises SourceError."""
     if not config.sources:
         raise SourceError("synthesis.sources is empty; name at least one file or data set of questions")
     seen: set[str] = set()
-    parts: list[list[Question]] = []
+    by_source: list[list[Question]] = []
     for source in config.sources:
-        part = [q for q in _read(source) if not (q.id in seen or seen.add(q.id))]  # type: ignore[func-returns-value]
-        parts.append(part)
-    wanted = config.max_questions
-    if wanted is not None and wanted < sum(map(len, parts)):
-        parts = _cut(parts, [source.weight for source in config.sources], wanted, config.seed)
-    return [question for part in parts for question in part]
+        new: dict[str, Question] = {}
+        for question in _read(source):
+            if question.id not in seen:
+                new.setdefault(question.id, question)
+        by_source.append(list(new.values()))
+        seen |= new.keys()
+    limit = config.max_questions
+    if limit is not None and limit < sum(map(len, by_source)):
+        by_source = _cut(by_source, [source.weight for source in config.sources], limit, config.seed)
+    return [question for questions in by_source for question in questions]
 
 
-def _cut(parts: list[list[Question]], weights: Sequence[float], wanted: int, seed: int) -> list[list[Question]]:
-    """`wanted` questions in all, shares by weight; what a small source cannot give the others do."""
-    taken = [0] * len(parts)
-    for _ in range(wanted):
-        open_parts = [i for i, part in enumerate(parts) if taken[i] < len(part)]
-        taken[min(open_parts, key=lambda i: (taken[i] + 1) / weights[i])] += 1
+def _cut(by_source: list[list[Question]], weights: Sequence[float], limit: int, seed: int) -> list[list[Question]]:
+    """`limit` questions in all, shares by weight; what a small source cannot give the others do."""
+    taken = [0] * len(by_source)
+    for _ in range(limit):
+        unexhausted = [i for i, questions in enumerate(by_source) if taken[i] < len(questions)]
+        taken[min(unexhausted, key=lambda i: (taken[i] + 1) / weights[i])] += 1
     drawn = []
-    for part, count in zip(parts, taken, strict=True):
-        chosen = set(random.Random(f"{seed}").sample(range(len(part)), count))
-        drawn.append([question for i, question in enumerate(part) if i in chosen])
+    for questions, count in zip(by_source, taken, strict=True):
+        chosen = set(random.Random(f"{seed}").sample(range(len(questions)), count))
+        drawn.append([question for i, question in enumerate(questions) if i in chosen])
     return drawn
 
 
@@ -77,12 +89,13 @@ def _read(source: SourceConfig) -> list[Question]:
             raise SourceError(
                 f"{where}, row {number}: {source.answer} is {answer!r}; set answer: null if there are no answers"
             )
-        whole = f"{text.strip()}\n{extra.strip()}" if isinstance(extra, str) and extra.strip() else text.strip()
-        if len(whole) > MAX_CHARACTERS:
+        extra = extra.strip() if isinstance(extra, str) else ""
+        joined = f"{text.strip()}{source.join}{extra}" if extra else text.strip()
+        if len(joined) > MAX_CHARACTERS:
             raise SourceError(
-                f"{where}, row {number}: {len(whole):,} characters, at most {MAX_CHARACTERS:,} are allowed"
+                f"{where}, row {number}: {len(joined):,} characters, at most {MAX_CHARACTERS:,} are allowed"
             )
-        questions.append(Question(question_id(whole), whole, answer))
+        questions.append(Question(question_id(joined), joined, answer, comparison_key(text, extra)))
     if not questions:
         raise SourceError(f"{where}: has no rows")
     return questions

@@ -25,7 +25,7 @@ from persona_pruner.dataset import PersonaData
 from persona_pruner.evaluation.likelihood import heldout_loss
 from persona_pruner.synthesis.select import select_questions
 from persona_pruner.synthesis.sensitivity import Sensitivity, choose_references
-from persona_pruner.synthesis.sources import Question, load_questions, question_id
+from persona_pruner.synthesis.sources import Question, load_question_set, question_id
 
 
 def loss(backbone: Backbone, who: Persona, asked: list[str], steps: int) -> float:
@@ -52,7 +52,11 @@ def shipped(
     """The same of the shipped example."""
     people = manifest.read_manifest(str(EXAMPLE / "personas.jsonl")).personas
     references = choose_references(people, config.synthesis.references.count, config.synthesis.seed)
-    return shipped_personas(config, options.personas), references, load_questions(config.synthesis)[: options.questions]
+    return (
+        shipped_personas(config, options.personas),
+        references,
+        load_question_set(config.synthesis)[: options.questions],
+    )
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ PATHS = {"synthesis.sources.0.path", "synthesis.references.path", "evaluation.qu
 # Resources, limits, places, and what is told or kept beside the mask.
 UNMARKED = {
     "backbone.path", "backbone.revision", "backbone.exportable", "synthesis.sources.0.split",
-    "synthesis.rewrite.base_url",
-    "synthesis.rewrite.concurrency",
-    "synthesis.rewrite.requests_per_minute", "synthesis.rewrite.timeout_seconds", "synthesis.rewrite.deadline_seconds",
-    "synthesis.rewrite.token_budget", "synthesis.filter.min_answers", "synthesis.tile_personas",
-    "synthesis.actors.min", "synthesis.actors.max", "synthesis.actors.num_cpus", "synthesis.actors.num_gpus",
-    "learning.max_row_tokens", "learning.keep_scores", "learning.gradient_checkpointing", "groups.min", "groups.max",
-    "groups.num_cpus", "groups.num_gpus", "groups.idle_seconds", "groups.timeout_seconds",
+    "synthesis.rewrite.base_url", "synthesis.rewrite.concurrency", "synthesis.rewrite.requests_per_minute",
+    "synthesis.rewrite.timeout_seconds", "synthesis.rewrite.deadline_seconds", "synthesis.rewrite.token_budget",
+    "synthesis.filter.min_answers", "synthesis.tile_personas", "synthesis.actors.min", "synthesis.actors.max",
+    "synthesis.actors.num_cpus", "synthesis.actors.num_gpus", "learning.max_row_tokens", "learning.keep_scores",
+    "learning.gradient_checkpointing", "groups.min", "groups.max", "groups.num_cpus", "groups.num_gpus",
+    "groups.idle_seconds", "groups.timeout_seconds", "synthesis.rewrite.engines.min", "synthesis.rewrite.engines.max",
+    "synthesis.rewrite.engines.num_cpus", "synthesis.rewrite.engines.num_gpus",
 }  # fmt: skip
 UNMARKED_SECTIONS = ("scheduler.", "storage.", "evaluation.")
 

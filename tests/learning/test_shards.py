@@ -17,7 +17,8 @@ from persona_pruner.learning.callbacks import TrainingCallbacks
 from persona_pruner.learning.outcome import Progress
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.manifest import Persona
-from persona_pruner.synthesis.rewrite import SelfRewriter
+from persona_pruner.synthesis.rewrite.backbone import SelfRewriter
+from persona_pruner.synthesis.rewrite.base import Request
 from persona_pruner.synthesis.sensitivity import Sensitivity
 from persona_pruner.synthesis.sources import Question, question_id
 
@@ -75,9 +76,8 @@ def _answers(backbone: Any) -> list[Any]:
     settings = check_config({"backbone": {"path": "x"}, "synthesis": {"rewrite": rewrite}})
     questions = [Question(question_id(text), text, None) for text in QUESTIONS[:2]]
     rewriter = SelfRewriter(backbone, settings)
-    return [rewriter.answers(persona, questions) for persona in PERSONAS] + [
-        rewriter.answers(PERSONAS[0], questions[:1])
-    ]
+    asked = [[Request(p, question, sample) for question in questions for sample in range(2)] for p in PERSONAS]
+    return [rewriter.answers(requests) for requests in [*asked, asked[0][:1]]]
 
 
 def _in_bfloat16(path: str, world: World, data: Any) -> list[tuple[float, int]]:
@@ -143,7 +143,7 @@ def test_sensitivity_of_one_and_two_shards_equals_the_pairwise_formula(results, 
 
 def test_answers_of_two_shards_are_those_of_one_on_every_rank(results):
     ((*_, whole, _),) = results[1]
-    assert len({answer.text for answers in whole for row in answers for answer in row}) > len(PERSONAS)
+    assert len({answer.text for answers in whole for answer in answers}) > len(PERSONAS)
     assert [answer[6] for answer in results[2]] == [whole, whole]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from persona_pruner.config.load import check_config
 from persona_pruner.manifest import Persona
 from persona_pruner.storage.open import open_storage
-from persona_pruner.synthesis.commit import Answer, commit
+from persona_pruner.synthesis.commit import DataRow, commit
 from persona_pruner.synthesis.sources import Question, question_id
 
 COMMAND = Path(sys.executable).parent / "persona-pruner"
@@ -15,12 +15,10 @@ COMMAND = Path(sys.executable).parent / "persona-pruner"
 def store(directory):
     texts = [f"Question {n}?" for n in range(12)]
     questions = [Question(question_id(text), text, f"Plain {n}.") for n, text in enumerate(texts)]
-    answers = [[Answer(f"Aye, {n} by the tide.", True)] for n in range(12)]
     other = Question(question_id("1 + 1?"), "1 + 1?", "2")
     settings = check_config({"backbone": {"path": "x"}})
-    scores = [0.9 - n / 100 for n in range(12)]
-    people = Persona("ada", "Ada, a pilot")
-    commit(settings, open_storage(directory), people, questions, scores, answers, "m", [(other, 0.01)])
+    rows = [DataRow(q, 0.9 - n / 100, "ok", f"Aye, {n} by the tide.") for n, q in enumerate(questions)]
+    commit(settings, open_storage(directory), Persona("ada", "Ada, a pilot"), [*rows, DataRow(other, 0.01)], "m")
 
 
 def inspect(directory, *words):

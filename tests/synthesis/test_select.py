@@ -22,6 +22,11 @@ def test_threshold_and_quantile_cut_below():
     assert chosen(method="quantile", quantile=0.5) == [2, 3]
 
 
+def test_threshold_and_quantile_have_no_cap():
+    assert chosen(method="quantile", quantile=0.5, k=1) == [2, 3]
+    assert chosen(method="threshold", threshold=0.15, k=1) == [2, 3, 4, 1]
+
+
 def test_evaluation_questions_are_never_taken_however_their_space_is_folded():
     assert chosen(k=5, excluded={"What is a dog?", "Who are you?"}) == [3, 4, 0]
 

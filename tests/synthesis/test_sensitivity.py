@@ -70,6 +70,27 @@ def test_tiles_equal_the_pairwise_formula(tmp_path, family, layers):
             assert scored[target.id][number].item() == pytest.approx(expected, abs=1e-5)
 
 
+@torch.no_grad()
+def test_blocks_4_to_23_are_the_published_hidden_states_5_to_24(tmp_path):
+    """The published code: the mean over `hidden_states[5:25]` and over the references of 1 - cos at the last token."""
+    backbone = tiny_models.tiny(tmp_path, num_hidden_layers=26)
+    settings = config(layers=(4, 23))
+    references = choose_references(PERSONAS, 3, 0)
+
+    def published(persona, question):
+        ids = persona_prefix(backbone.tokenizer, settings.prompt, persona.description)
+        ids = ids + question_suffix(backbone.tokenizer, settings.prompt, persona.description, question)
+        out = backbone.model(torch.tensor([ids]), output_hidden_states=True)
+        return torch.stack(out.hidden_states[5:25])[:, 0, -1].double()
+
+    scores = _scored(backbone, settings, QUESTIONS, references, PERSONAS[:1])["p0"]
+    others = [p for p in references if p.id != "p0"][:3]
+    for number, question in enumerate(QUESTIONS[:3]):
+        own = published(PERSONAS[0], question)
+        distances = [1 - torch.cosine_similarity(own, published(other, question), dim=-1) for other in others]
+        assert scores[number].item() == pytest.approx(torch.stack(distances).mean().item(), abs=1e-6)
+
+
 def test_scores_do_not_depend_on_who_is_in_the_tile(tmp_path):
     backbone = tiny_models.tiny(tmp_path)
     sensitivity = Sensitivity(backbone, config(), QUESTIONS, choose_references(PERSONAS, 3, 0))

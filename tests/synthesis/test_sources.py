@@ -7,7 +7,7 @@ import pytest
 
 from persona_pruner.config.schema import SynthesisConfig
 from persona_pruner.errors import SourceError
-from persona_pruner.synthesis.sources import load_questions, question_id
+from persona_pruner.synthesis.sources import load_question_set, question_id
 
 ROWS = [{"instruction": f"Question {n}?", "input": "", "output": f"Answer {n}."} for n in range(20)]
 
@@ -18,7 +18,7 @@ def write(path, rows):
 
 
 def load(*sources, **settings):
-    return load_questions(
+    return load_question_set(
         SynthesisConfig(sources=[s if isinstance(s, dict) else {"path": s} for s in sources], **settings)
     )
 

@@ -18,11 +18,12 @@ from persona_pruner.errors import PersonaError
 from persona_pruner.manifest import Persona
 from persona_pruner.storage import keys
 from persona_pruner.storage.open import open_storage
-from persona_pruner.synthesis.rewrite import OpenAiRewriter, RewriteError
+from persona_pruner.synthesis.rewrite.base import Request, RewriteError
+from persona_pruner.synthesis.rewrite.openai import OpenAiRewriter
 from persona_pruner.synthesis.sources import Question, question_id
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
-BACKBONE = Path(__file__).parents[2] / "manifests" / "quickstart" / "backbone"
+BACKBONE = Path(__file__).parents[3] / "manifests" / "quickstart" / "backbone"
 PERSONAS = [Persona(f"p{n}", f"number {n}, a baker in a small town") for n in range(5)]
 QUESTIONS = [Question(question_id(text), text, "Plain.") for text in (f"What about {n}?" for n in range(100))]
 KEY = "sk-wrong-and-secret"
@@ -68,35 +69,39 @@ def rewriter(proxy, directory, **settings):
     return OpenAiRewriter(config, open_storage(directory))
 
 
+def requests(persona, count=100):
+    return [Request(persona, question, 0) for question in QUESTIONS[:count]]
+
+
 def test_500_answers_come_through_faults_and_each_is_paid_for_once(proxy, tmp_path):
     proxy.plan(*(faults.RATE, faults.LOST, faults.CUT) * 3, faults.HANG, share=0.3)
 
     def ask(persona):
-        return rewriter(proxy, tmp_path, timeout_seconds=4, concurrency=4).answers(persona, QUESTIONS)
+        return rewriter(proxy, tmp_path, timeout_seconds=4, concurrency=4).answers(requests(persona))
 
     with ThreadPoolExecutor(len(PERSONAS)) as actors:
         answers = dict(zip((p.id for p in PERSONAS), actors.map(ask, PERSONAS), strict=True))
     assert proxy.seen > 150
-    assert all(len(samples) == 1 and samples[0].text for rows in answers.values() for samples in rows)
+    assert all(answer.text for row in answers.values() for answer in row)
     delivered = Counter(proxy.delivered)
     assert len(delivered) == 500
     assert set(delivered.values()) == {1}
     proxy.plan()
     proxy.delivered.clear()
     again = rewriter(proxy, tmp_path)
-    assert {p.id: again.answers(p, QUESTIONS) for p in PERSONAS} == answers
+    assert {p.id: again.answers(requests(p)) for p in PERSONAS} == answers
     assert proxy.delivered == []
 
 
 def test_wrong_key_and_unknown_model_are_one_line_at_once(proxy, tmp_path):
     proxy.plan(faults.DENY)
     with pytest.raises(RewriteError) as caught:
-        rewriter(proxy, tmp_path, concurrency=1).answers(PERSONAS[0], QUESTIONS)
+        rewriter(proxy, tmp_path, concurrency=1).answers(requests(PERSONAS[0]))
     assert "the key is refused; check OPENAI_API_KEY" in str(caught.value)
     assert proxy.requests <= 2
     proxy.plan()
     with pytest.raises(RewriteError) as other:
-        rewriter(proxy, tmp_path, concurrency=1, model="nobody/knows-this").answers(PERSONAS[0], QUESTIONS[:3])
+        rewriter(proxy, tmp_path, concurrency=1, model="nobody/knows-this").answers(requests(PERSONAS[0], 3))
     assert "model nobody/knows-this" in str(other.value)
     for error in (caught, other):
         assert "\n" not in str(error.value)
@@ -106,17 +111,17 @@ def test_wrong_key_and_unknown_model_are_one_line_at_once(proxy, tmp_path):
 def test_a_server_that_hangs_is_the_personas_error_after_the_deadline(proxy, tmp_path):
     proxy.plan(faults.HANG)
     with pytest.raises(PersonaError, match="no answer within 2 s") as caught:
-        rewriter(proxy, tmp_path, timeout_seconds=1, deadline_seconds=2).answers(PERSONAS[0], QUESTIONS[:2])
+        rewriter(proxy, tmp_path, timeout_seconds=1, deadline_seconds=2).answers(requests(PERSONAS[0], 2))
     assert caught.value.cause == "rewrite_deadline"
 
 
 def test_the_budget_stops_cleanly_and_keeps_what_was_paid_for(proxy, tmp_path):
     backend = rewriter(proxy, tmp_path, token_budget=300, concurrency=1)
     with pytest.raises(PersonaError, match=r"synthesis.rewrite.token_budget is 300") as caught:
-        backend.answers(PERSONAS[0], QUESTIONS)
+        backend.answers(requests(PERSONAS[0]))
     assert caught.value.cause == "token_budget"
     paid = len(proxy.delivered)
     assert 0 < paid < 100
     assert list(open_storage(tmp_path).list(keys.stored_answers("p0")))
-    rewriter(proxy, tmp_path).answers(PERSONAS[0], QUESTIONS)
+    rewriter(proxy, tmp_path).answers(requests(PERSONAS[0]))
     assert len(proxy.delivered) == 100
