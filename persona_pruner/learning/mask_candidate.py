@@ -23,8 +23,8 @@ from persona_pruner.learning.estimators import relaxed_mask, topk_mask, with_cor
 from persona_pruner.learning.stoppers import Stopper
 
 logger = logging.getLogger(__name__)
-VALUE_RATE = 0.1
-"""Share of the way to its channel's value that a score goes in a step."""
+POOLED_VALUE_STEP = 20
+"""Where the steps of the value optimizer's averaging begin for a persona that starts at the pooled mask."""
 
 
 @dataclass(eq=False)
@@ -125,13 +125,15 @@ class MaskCandidate:
 
         F / 2 is what removing a channel costs to second order, so that a channel that is kept is expected to have
         gradient 0 and one that is not to have -F. A single step's gradient is mostly noise at the threshold: hence its
-        small weight. Nothing is normalised, and so no heavy-tailed channel decides for the others.
+        small weight, and the mean over ever more steps. Nothing is normalised: no heavy-tailed channel decides for the
+        others.
         """
         assert self.fisher_LI is not None
         removed_LI = (~self._hard_mask(self.scores_LI)).float()
         surprise_LI = -grad_LI - self.fisher_LI * removed_LI
         value_LI = self.fisher_LI / 2 + self.config.value_gradient * surprise_LI
-        moved_LI = self.scores_LI + VALUE_RATE * (value_LI - self.scores_LI)
+        averaged_over = 10 + (self.step + (POOLED_VALUE_STEP if self.config.init == "pooled" else 0)) / 2
+        moved_LI = self.scores_LI + (value_LI - self.scores_LI) / averaged_over
         self.scores_LI = moved_LI if self.core_LI is None else torch.where(self.core_LI, self.scores_LI, moved_LI)
 
     def _adam(self, grad_LI: Tensor) -> None:

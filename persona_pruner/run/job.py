@@ -10,8 +10,10 @@ from functools import partial
 from typing import Any
 
 from persona_pruner.config.schema import RunConfig
+from persona_pruner.dataset import is_current
 from persona_pruner.errors import EXIT_PERSONAS_FAILED, EXIT_STOPPED, SourceError
 from persona_pruner.evaluation import table
+from persona_pruner.learning.pooled import pooled_sample
 from persona_pruner.manifest import Manifest, Persona
 from persona_pruner.masks.catalog import build_catalog, write_catalog
 from persona_pruner.run.feed import SynthesisFeed
@@ -139,11 +141,42 @@ class Job:
             return
         pool = training_pool(self.request.config, self.request.output, self.identity.run_id)
         try:
-            self.synthesize_and_train(pool, plan.to_train, plan.to_synthesize if self.request.synthesis else ())
+            ready, todo = plan.to_train, plan.to_synthesize if self.request.synthesis else ()
+            if self.request.config.learning.needs_pooled_mask and not self.storage.exists(keys.POOLED_MASK):
+                self.learn_pooled_mask(pool, todo)
+                ready, todo = (*ready, *self._with_data(todo)), self._without_data(todo)
+            self.synthesize_and_train(pool, ready, todo)
             if self.request.evaluation:
                 self.evaluate(pool)
         finally:
             pool.close()
+
+    def learn_pooled_mask(self, pool: GroupPool, todo: Sequence[Persona]) -> None:
+        """One mask of a sample's rows, from which all personas start. Synthesizes what data the sample lacks."""
+        self.progress.begin("learning the pooled mask")
+        sample = self._pooled_sample()
+        lacking = {persona.id for persona in todo}
+        if asked := [persona.id for persona in sample if persona.id in lacking]:
+            for _ in self._synthesized(asked):
+                self.stop.check()
+        if not any(learned for _, learned in pool.map("train_pooled", [sample], self.stop)):
+            raise StoppedError(self.stop.reason)
+        self.progress.end("learning the pooled mask")
+
+    def _pooled_sample(self) -> list[Persona]:
+        """Drawn once, so that a manifest may grow without changing where its personas start."""
+        by_id = {persona.id: persona for persona in self.request.manifest.personas}
+        drawn = pooled_sample(list(by_id), self.request.config.learning.pooled_personas)
+        self.storage.put_if_absent(keys.POOLED_SAMPLE, json.dumps(drawn).encode())
+        stored = json.loads(self.storage.get(keys.POOLED_SAMPLE))
+        return [by_id[persona_id] for persona_id in stored if persona_id in by_id]
+
+    def _with_data(self, personas: Sequence[Persona]) -> tuple[Persona, ...]:
+        return tuple(persona for persona in personas if is_current(self.storage, persona))
+
+    def _without_data(self, personas: Sequence[Persona]) -> tuple[Persona, ...]:
+        ready = {persona.id for persona in self._with_data(personas)}
+        return tuple(persona for persona in personas if persona.id not in ready)
 
     def synthesize_and_train(self, pool: GroupPool, ready: Sequence[Persona], todo: Sequence[Persona]) -> None:
         """A persona is trained as soon as its data are there; none waits for the others."""

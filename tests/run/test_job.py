@@ -14,6 +14,7 @@ from persona_pruner.run.identity import identify
 from persona_pruner.run.job import Job, JobRequest
 from persona_pruner.run.part import Part
 from persona_pruner.run.progress import ProgressReporter
+from persona_pruner.run.stop import StoppedError
 from persona_pruner.storage import keys
 from persona_pruner.storage.open import open_storage
 
@@ -63,3 +64,38 @@ def test_a_part_is_about_its_own_personas_and_leaves_the_comparison_to_a_whole_j
     parts = [JobRequest(config=config, manifest=manifest, output="out", part=Part(number, 4)) for number in range(1, 5)]
     assert sorted(p.id for part in parts for p in part.personas) == sorted(p.id for p in manifest.personas)
     assert not any(part.evaluation for part in parts)
+
+
+class Pool:
+    """Groups that learn the pooled mask, or are stopped before."""
+
+    def __init__(self, learned=True):
+        self.learned, self.calls = learned, []
+
+    def map(self, method, payloads, should_stop):
+        for payload in payloads:
+            self.calls.append((method, [persona.id for persona in payload]))
+            yield payload, self.learned
+
+
+class Stopped:
+    reason = "SIGTERM"
+
+    def __call__(self):
+        return True
+
+
+def test_the_pooled_mask_has_one_sample_for_good_and_a_stop_ends_the_job(backbone, tmp_path):
+    personas = [Persona(f"p{n}", f"number {n}") for n in range(30)]
+    job = job_of(backbone, tmp_path / "out", personas, {})
+    first, grown, stopped = Pool(), Pool(), Pool(learned=False)
+    job.learn_pooled_mask(first, ())
+    assert first.calls == [("train_pooled", json.loads(job.storage.get(keys.POOLED_SAMPLE)))]
+    assert len(first.calls[0][1]) == job.request.config.learning.pooled_personas
+    more = [*personas, *(Persona(f"q{n}", f"number {n}") for n in range(30))]
+    again = job_of(backbone, tmp_path / "out", more, {})
+    again.learn_pooled_mask(grown, ())
+    assert grown.calls == first.calls
+    again.stop = Stopped()
+    with pytest.raises(StoppedError):
+        again.learn_pooled_mask(stopped, ())

@@ -1,0 +1,34 @@
+import pytest
+from pydantic import ValidationError
+
+from persona_pruner.config.learning import LearningConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "needs"),
+    [({}, False), ({"init": "pooled"}, True), ({"core": 0.9}, True), ({"budget": "profile"}, True),
+     ({"budget": "free", "init": "fisher"}, False)],
+)  # fmt: skip
+def test_a_pooled_mask_is_needed_for_start_core_and_profile(settings, needs):
+    assert LearningConfig(**settings).needs_pooled_mask is needs
+
+
+def test_steps_are_a_number_or_passes_over_the_rows():
+    assert LearningConfig(steps=70).steps_for(1000) == 70
+    passes = LearningConfig(passes=2, rows_per_step=16)
+    assert [passes.steps_for(rows) for rows in (4, 16, 100)] == [2, 2, 13]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"budget": "free", "ratio": "auto"}, "budget = free needs one fixed ratio"),
+        ({"core": 0.9, "ratio": "auto"}, "a pooled mask .* needs one fixed ratio"),
+        ({"core": 0.9, "estimator": "soft_topk"}, "core = 0.9 needs the estimator ste or gumbel"),
+        ({"optimizer": "value"}, "optimizer = value needs"),
+        ({"pooled_init": "pooled"}, "choose from zeros, magnitude, activation, fisher"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(settings, told):
+    with pytest.raises(ValidationError, match=told):
+        LearningConfig(**settings)
