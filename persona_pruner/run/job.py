@@ -16,6 +16,7 @@ from persona_pruner.evaluation import table
 from persona_pruner.learning.pooled import pooled_sample
 from persona_pruner.manifest import Manifest, Persona
 from persona_pruner.masks.catalog import build_catalog, write_catalog
+from persona_pruner.run.advice import advice, next_steps
 from persona_pruner.run.feed import SynthesisFeed
 from persona_pruner.run.identity import Identity, check_run, identify
 from persona_pruner.run.lease import Lease
@@ -251,15 +252,17 @@ class Job:
         self.progress.say(
             f"{len(masked)} of {len(self.request.personas)} personas masked; masks under {url}/{keys.MASKS}"
         )
-        self.progress.say(f"\nnext:  persona-pruner status {url}")
-        if masked:
-            first = masked[0].id
-            self.progress.say(
-                f"       persona-pruner inspect {url} --persona {first}\n"
-                f"       persona-pruner export {url}/{keys.mask(first)} "
-                f"--backbone {self.request.config.backbone.path} --to exported/{first}"
-            )
+        for line in advice(self.request.config, self._errors()):
+            self.progress.say(f"try: {line}")
+        steps = next_steps(self.request.config, url, [persona.id for persona in masked])
+        self.progress.say("\nnext:  " + "\n       ".join(steps))
         return EXIT_PERSONAS_FAILED if self.failures else 0
+
+    def _errors(self) -> list[dict[str, Any]]:
+        """errors/<id>.json of the personas that failed."""
+        keys_of_errors = [item.key for item in self.storage.list(keys.ERRORS)] if self.failures else []
+        failed = [key for key in keys_of_errors if keys.persona_of(key, keys.ERRORS) in self.failures]
+        return [dict(json.loads(self.storage.get(key))) for key in failed]
 
     def _forget_errors(self, masked: Sequence[Persona]) -> None:
         done = {persona.id for persona in masked}

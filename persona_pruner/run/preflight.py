@@ -2,7 +2,6 @@
 the first row of each source. Loads no weights and writes nothing into the output."""
 
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,8 +129,10 @@ def gpus_of_nodes(config: RunConfig) -> NodeGpus | None:
     from ray._private.state import state
     from ray.experimental.internal_kv import _internal_kv_get
 
+    from persona_pruner.run.ray_cluster import connect
+
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        connect(config)
     up = most_gpus([node["Resources"] for node in ray.nodes() if node["Alive"]])
     cluster = state.get_cluster_config()
     kinds = [group.resources for group in cluster.node_group_configs] if cluster else []

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from persona_pruner.backbone.operator import compile_operator
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import ClusterError
 from persona_pruner.run.progress import ProgressReporter
@@ -20,9 +21,11 @@ def ray_cluster(config: RunConfig, progress: ProgressReporter) -> Iterator[None]
     """Connected to Ray inside the block; nothing touches it afterwards. Raises ClusterError."""
     import ray
 
+    if not os.environ.get("RAY_ADDRESS"):
+        compile_operator(progress.begin)
     if not ray.is_initialized():
         progress.begin("starting Ray" if not os.environ.get("RAY_ADDRESS") else "connecting to Ray")
-        _connect(config)
+        connect(config)
     try:
         from persona_pruner.scheduling.activity_channel import ActivityReader
 
@@ -33,7 +36,8 @@ def ray_cluster(config: RunConfig, progress: ProgressReporter) -> Iterator[None]
         ray.shutdown()
 
 
-def _connect(config: RunConfig) -> None:
+def connect(config: RunConfig) -> None:
+    """Raises ClusterError."""
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
