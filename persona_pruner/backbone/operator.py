@@ -39,7 +39,7 @@ def compile_operator(tell: Callable[[str], None]) -> None:
     gets a line before. Whoever loads it later does not wait. Where it fails, that loading says why."""
     if torch.cuda.is_available() or is_compiled():
         return
-    tell("compiling DeepSpeed's operator for CPUs: once on this machine, about a minute on idle cores")
+    tell("compiling DeepSpeed's operator for CPUs, once on this machine")
     subprocess.run([sys.executable, "-m", __name__], capture_output=True, check=False)
 
 

@@ -42,7 +42,7 @@ def advice(config: RunConfig, errors: Iterable[Mapping[str, Any]]) -> list[str]:
     """One line for each cause that a setting can mend, from errors/<id>.json objects (cause, message)."""
     by_cause: dict[str, list[str]] = {}
     for error in errors:
-        by_cause.setdefault(str(error["cause"]), []).append(str(error["message"]))
+        by_cause.setdefault(str(error.get("cause")), []).append(str(error.get("message", "")))
     lines = []
     for cause, messages in by_cause.items():
         line = _few_answers(config, messages) if cause == "few_answers" else _SETTINGS.get(cause)
@@ -59,7 +59,7 @@ _SETTINGS = {
     "token_budget": "raise synthesis.rewrite.token_budget; answers already paid for are kept",
     "no_data": "run jobs/synthesize.py or the main job first",
     "no_warm_scores": "set learning.keep_scores to true in the run that gives the scores, or change learning.init",
-    "not_finite": "try backbone.dtype: float32, or a lower learning.learning_rate",
+    "not_finite": "set backbone.dtype to float32, or take a lower learning.learning_rate",
 }
 """What mends a cause of errors/<id>.json."""
 

@@ -35,11 +35,13 @@ def test_a_stale_mask_whose_new_training_failed_is_no_mask_and_its_error_stays(b
     new = Persona("ada", "Ada, who now sails.")
     job = job_of(backbone, tmp_path / "out", [new], {"ada": "training broke"})
     put_mask(job.storage, job.identity, Persona("ada", "Ada, who used to bake."))
-    job.storage.put(keys.error("ada"), json.dumps({"persona_id": "ada"}).encode())
+    error = {"persona_id": "ada", "cause": "not_finite", "message": "training broke"}
+    job.storage.put(keys.error("ada"), json.dumps(error).encode())
     assert job.report() == 3
     told = job.progress.console.file.getvalue()
     assert "0 of 1 personas masked" in told
     assert "failed ada: training broke" in told
+    assert "try: 1 persona: set backbone.dtype to float32" in told
     assert "inspect" not in told
     assert job.storage.exists(keys.error("ada"))
 
