@@ -76,6 +76,7 @@ def run_job(request: JobRequest, progress: ProgressReporter) -> int:
         storage.put_if_absent(keys.RUN, json.dumps(identity.document(), indent=1).encode())
         check_run(storage, identity)
         progress.attach(storage, identity.run_id, request.part.name)
+        progress.lease_age = lease.age
         tell_plan(request, plan, progress)
         job = Job(request, storage, identity, progress, Stop(config.scheduler, lease))
         try:

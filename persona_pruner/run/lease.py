@@ -40,6 +40,7 @@ class Lease:
             "part": [part.number, part.count],
         }
         self._epoch = self._take()
+        self._renewed = time.monotonic()
         self.lost = threading.Event()
         """Set when another job has taken over; stop then."""
         self._ended = threading.Event()
@@ -90,6 +91,10 @@ class Lease:
     def _body(self) -> bytes:
         return json.dumps(self._claim | {"renewed": time.time()}).encode()
 
+    def age(self) -> float:
+        """Seconds since the claim was last renewed; beyond `scheduler.lease_seconds` another job may take over."""
+        return time.monotonic() - self._renewed
+
     def _renew(self) -> None:
         while not self._ended.wait(self._seconds / 3):
             try:
@@ -97,6 +102,7 @@ class Lease:
                     self.lost.set()
                     return
                 self._storage.put(self._key(self._epoch), self._body())
+                self._renewed = time.monotonic()
             except StorageError as error:
                 logger.warning("the claim on the output could not be renewed: %s", error)
 

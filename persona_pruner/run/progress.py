@@ -60,6 +60,7 @@ class ProgressReporter:
         self.run_id = self.part = ""
         self.waiting_for = ""
         """Resources that groups wait for, in words."""
+        self.lease_age: Callable[[], float] = float
         self._steps = 1
         self.scheduler: Scheduler | None = None
         self._read_activities: Callable[[], Sequence[Activity]] = list

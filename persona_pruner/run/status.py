@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from persona_pruner.run.lease import holders
 from persona_pruner.run.phases import TRAINING
 from persona_pruner.storage import keys
-from persona_pruner.storage.base import NotFoundError, Storage
+from persona_pruner.storage.base import NotFoundError, Storage, retries
 
 if TYPE_CHECKING:
     from persona_pruner.run.progress import ProgressReporter
@@ -49,6 +49,8 @@ def status_of(progress: "ProgressReporter") -> dict[str, Any]:
         },
         "groups_lost": scheduler.groups_lost if scheduler else 0,
         "retries": scheduler.retries if scheduler else 0,
+        "storage_errors": retries.total,
+        "lease_age_seconds": round(progress.lease_age(), 1),
         "utilization": round(min(1.0, busy_seconds / up_seconds), 3) if up_seconds else 0.0,
         "tokens": training.tokens if training else 0,
         "tokens_per_second": round(training.tokens_per_second(now), 1) if training else 0.0,

@@ -82,6 +82,8 @@ class Metrics:
                 ("tokens_per_second", "Tokens trained on per second"),
                 ("eta_seconds", "Estimated seconds until the last persona is through; 0 where not known"),
                 ("retries", "Trainings that were tried again"),
+                ("storage_errors", "Storage calls of the driver that failed and were made again"),
+                ("lease_age_seconds", "Seconds since the job last renewed its claim on the output"),
                 ("groups_lost", "Shard groups that were lost"),
                 ("groups_waiting", "Shard groups that wait for resources"),
                 ("groups_busy", "Share of shard groups that work"),

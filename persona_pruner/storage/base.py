@@ -4,10 +4,11 @@ Writes are atomic. `put_if_absent` decides races: of several writers exactly one
 is a StorageError of one line; transient faults are retried until `storage.deadline_seconds` have passed.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from persona_pruner.errors import StorageError
 
@@ -78,11 +79,27 @@ def check_key(key: str) -> None:
         raise StorageError(f"key {key!r} would leave its prefix or cannot be stored")
 
 
+class RetryCount:
+    """Storage calls of this process that failed and were made again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.total = 0
+
+    def add(self, state: RetryCallState) -> None:
+        with self._lock:
+            self.total += 1
+
+
+retries = RetryCount()
+
+
 def until_deadline(seconds: float, call: Callable[[], T]) -> T:
     retrying = Retrying(
         retry=retry_if_exception(lambda error: isinstance(error, TransientError)),
         wait=wait_random_exponential(multiplier=0.1, max=3),
         stop=stop_after_delay(seconds),
+        before_sleep=retries.add,
         reraise=True,
     )
     return retrying(call)

@@ -1,18 +1,11 @@
 """Files for `ray up`, compose, images and policies, offline; and one real start of two nodes."""
 
 import json
-import os
 import re
-import secrets
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-import pytest
 import yaml
-from s3_server import free_port
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -67,60 +60,3 @@ def test_policies_grant_nothing_outside_their_bucket():
             for resource in [resources] if isinstance(resources, str) else resources:
                 assert resource.startswith("arn:aws:s3:::BUCKET"), file.name
             assert "s3:*" not in statement["Action"]
-
-
-@pytest.mark.cluster
-@pytest.mark.timeout(300)
-def test_two_local_nodes_take_a_job_with_a_token_only_and_end_together(tmp_path):
-    # Ray gives ports from 10002 to 19999 to its workers.
-    port = 20000 + free_port() % 10000
-    dashboard = f"http://127.0.0.1:{port + 10}"
-    env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "CPUS": "1"}
-    env |= {"PORT": str(port), "DASHBOARD_PORT": str(port + 10), "PATH": f"{BIN}:{os.environ['PATH']}"}
-    env.pop("RAY_ADDRESS", None)
-    script = subprocess.Popen(
-        [CLUSTER / "local" / "two-nodes.sh"], env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        assert "two nodes" in script.stdout.readline()
-        nodes = tmp_path / "nodes.py"
-        nodes.write_text(
-            "import ray, time; ray.init()\n"
-            "while sum(n['Alive'] for n in ray.nodes()) < 2: time.sleep(0.5)\nprint('both', 'are', 'there')\n"
-        )
-        words = [
-            BIN / "ray",
-            "job",
-            "submit",
-            "--address",
-            dashboard,
-            "--working-dir",
-            tmp_path,
-            "--",
-            "python",
-            "nodes.py",
-        ]
-        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
-        assert "both are there" in done.stdout, done.stdout + done.stderr
-        refused = subprocess.run(words, env=env | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True)
-        assert refused.returncode
-    finally:
-        script.send_signal(signal.SIGTERM if script.poll() is None else 0)
-        script.wait(60)
-    deadline = time.time() + 30
-    while (left := processes_with(f"127.0.0.1:{port}")) and time.time() < deadline:
-        time.sleep(0.5)
-    assert not left
-
-
-def processes_with(word):
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if word in command:
-                found.append(command.replace("\0", " ")[:80])
-    return found
