@@ -1,15 +1,22 @@
 """Commands that run a backbone under its personas' masks: serve, chat, compare."""
 
+import json
 from enum import StrEnum
 from typing import Annotated
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
-from persona_pruner.cli.app import OutputArgument, app
+from persona_pruner.cli.app import JsonOption, OutputArgument, app, console
 from persona_pruner.errors import UserError
 
 BackboneOption = Annotated[str, typer.Option(help="The backbone that the masks were made for.")]
 WhereOption = Annotated[list[str], typer.Option(help="Only masks with, e.g., ratio==0.5; may be given again.")]
+PersonaIdOption = Annotated[str, typer.Option("--persona", help="Id of the persona.")]
+OtherOption = Annotated[str | None, typer.Option(help="Whose mask to compare with; default: the next persona.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")]
+TemperatureOption = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
 
 
 class EngineName(StrEnum):
@@ -57,3 +64,61 @@ def serve(
             refresh_seconds, tuple(api_key), tuple(context.args),
         )
     )  # fmt: skip
+
+
+@app.command()
+def chat(
+    output: OutputArgument,
+    backbone: BackboneOption,
+    persona: PersonaIdOption,
+    compare: Annotated[bool, typer.Option("--compare", help="Also unpruned and under another's mask.")] = False,
+    other: OtherOption = None,
+    max_tokens: TokensOption = 160,
+    temperature: TemperatureOption = 0.7,
+) -> None:
+    """Talk to a persona in the terminal; an empty line ends it. With --compare, side by side with other masks."""
+    from persona_pruner.serving.chat import PersonaChat, Sampling
+
+    partner = PersonaChat(output, backbone, persona, other)
+    conversation: list[dict[str, str]] = []
+    while question := console.input("[bold]you:[/] ").strip():
+        sampling = Sampling(max_tokens, temperature, seed=len(conversation))
+        conversation.append({"role": "user", "content": question})
+        under = partner.names if compare else [persona]
+        answers = {name: partner.answer(conversation, name, sampling) for name in under}
+        console.print(_side_by_side(answers)) if compare else console.print(
+            f"{persona}: {answers[persona]}", markup=False
+        )
+        conversation.append({"role": "assistant", "content": answers[persona]})
+
+
+@app.command()
+def compare(
+    output: OutputArgument,
+    backbone: BackboneOption,
+    persona: PersonaIdOption,
+    question: Annotated[list[str], typer.Option(help="May be given again.")],
+    other: OtherOption = None,
+    max_tokens: TokensOption = 160,
+    temperature: TemperatureOption = 0.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer questions as a persona on the whole backbone, under its own mask and under another persona's."""
+    from persona_pruner.serving.chat import PersonaChat, Sampling
+
+    partner = PersonaChat(output, backbone, persona, other)
+    sampling = Sampling(max_tokens, temperature)
+    answers = {text: partner.compare(text, sampling) for text in question}
+    if as_json:
+        print(json.dumps(answers, indent=1))
+        return
+    for text, by_mask in answers.items():
+        console.print(_side_by_side(by_mask, title=text))
+
+
+def _side_by_side(answers: dict[str, str], title: str | None = None) -> Table:
+    table = Table(title=title and escape(title), title_justify="left", show_lines=True)
+    for name in answers:
+        table.add_column(escape(name), ratio=1)
+    table.add_row(*map(escape, answers.values()))
+    return table

@@ -33,7 +33,7 @@ class AnswerTap:
     def tokens(self) -> dict[str, int]:
         """prompt and completion tokens, as the engine counted them."""
         if not self._streamed and self.status == 200:
-            self._usage = _json(bytes(self._body)).get("usage") or {}
+            self._usage = parse_object(bytes(self._body)).get("usage") or {}
         counts = {kind: self._usage.get(f"{kind}_tokens") for kind in ("prompt", "completion")}
         return {kind: count for kind, count in counts.items() if isinstance(count, int)}
 
@@ -49,14 +49,15 @@ class AnswerTap:
         return {**message, "body": b"\n\n".join(kept)}
 
     def _is_hidden_usage(self, event: bytes) -> bool:
-        found = _json(event.removeprefix(b"data: "))
+        found = parse_object(event.removeprefix(b"data: "))
         self._usage = found.get("usage") or self._usage
         return self._hide_usage and bool(found.get("usage")) and found.get("choices") == []
 
 
-def _json(data: bytes) -> dict[str, Any]:
+def parse_object(data: bytes) -> dict[str, Any]:
+    """A JSON object; empty where it is none."""
     try:
         found = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

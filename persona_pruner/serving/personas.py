@@ -135,6 +135,7 @@ class Personas:
         if not self._options.where:
             return True
         row = {name: value for name, value in dataclasses.asdict(mask.metadata).items() if name in SCHEMA.names}
+        row["kept"] = sum(mask.metadata.kept)
         return bool(select(pa.Table.from_pylist([row], SCHEMA), self._options.where).num_rows)
 
     def _ids(self) -> list[str]:

@@ -38,9 +38,10 @@ class ServedRun:
         layers, channels = ffn_shape(self.plain.config)
         seed = [version, *persona_id.encode()]
         scores_LI = torch.from_numpy(np.random.default_rng(seed).random((layers, channels)))
-        kept = round(channels * (1 - ratio))
-        keep_LI = torch.zeros(layers, channels, dtype=torch.bool)
-        keep_LI.scatter_(1, scores_LI.topk(kept, dim=1).indices, True)
+        even = round(channels * (1 - ratio))
+        kept = tuple(even + (32 if layer % 2 else -32) for layer in range(layers))
+        rank_LI = scores_LI.argsort(dim=1).argsort(dim=1)
+        keep_LI = rank_LI < torch.tensor(kept)[:, None]
         metadata = MaskMetadata(
             persona_id=persona_id, persona_sha256="", persona_description=description_of(persona_id),
             backbone=self.backbone.name, backbone_fingerprint=self.fingerprint, layers=layers, channels=channels,

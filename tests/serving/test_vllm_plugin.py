@@ -12,6 +12,9 @@ from tiny_models import save_tiny
 from persona_pruner.serving.mask_table import RequestMask
 from persona_pruner.serving.vllm_server import engine_options
 
+# One process for front end, scheduler and worker: an engine starts in seconds. The server's tests run the usual three.
+os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
 QUESTIONS = ["Who are you and what do you do all day?", "What should I have for breakfast? Explain why."]
 SEATS = 20
 """Requests of one step, and slots for masks."""
@@ -20,12 +23,18 @@ SEATS = 20
 def start(backbone, compiled=False, slots=SEATS, compact=0, **settings):
     from vllm import LLM
 
-    os.environ["OMP_NUM_THREADS"] = "1"
     return LLM(
         model=str(backbone), dtype="float32", max_model_len=512, kv_cache_memory_bytes=200_000_000,
         max_num_seqs=SEATS, max_num_batched_tokens=64, enforce_eager=not compiled, **engine_options(slots, compact),
         **settings,
     )  # fmt: skip
+
+
+def stop(engine):
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
 
 
 def generate(engine, rows, tokens=16, salt=None):
@@ -54,7 +63,7 @@ def engine(run, request):
     """Prompts go through in pieces of 64 tokens, of all requests together."""
     engine = start(run.backbone, compiled=request.param == "compiled")
     yield engine
-    engine.llm_engine.engine_core.shutdown()
+    stop(engine)
 
 
 def check(run, engine, personas):
@@ -115,17 +124,18 @@ def test_other_families(family, tmp_path):
     try:
         check(run, engine, [None, *(f"p{number}" for number in range(5))])
     finally:
-        engine.llm_engine.engine_core.shutdown()
+        stop(engine)
 
 
 def test_tensor_parallel_ranks_hold_their_columns(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     run = make_run(tmp_path / "run", save_tiny(tmp_path / "backbone", **WIDE_HEADS))
     engine = start(run.backbone, tensor_parallel_size=2)
     try:
         check(run, engine, [None, *(f"p{number}" for number in range(9))])
     finally:
-        engine.llm_engine.engine_core.shutdown()
+        stop(engine)
 
 
 def test_an_engine_that_could_answer_under_a_wrong_mask_does_not_start(run):
