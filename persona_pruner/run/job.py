@@ -35,6 +35,7 @@ from persona_pruner.storage.base import Storage
 from persona_pruner.storage.open import open_storage
 from persona_pruner.synthesis.pipeline import SynthesisResult, synthesize
 from persona_pruner.synthesis.sources import load_question_set
+from persona_pruner.synthesis.warnings import FewRows, foreign_rewriter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,14 +209,23 @@ class Job:
     def _synthesized(self, todo: Sequence[str]) -> Iterable[SynthesisResult]:
         settings = self.request.config.synthesis
         if todo:
+            self._warn(foreign_rewriter(self.request.config))
             questions = len(load_question_set(settings))
             asked = min(settings.select.k, questions) * settings.rewrite.samples_per_question
             self.progress.begin(SCORING, len(todo) * questions)
             self.progress.begin(ANSWERING, len(todo) * asked)
         personas, references = self.request.manifest.personas, self.identity.references
-        yield from synthesize(self.request.config, personas, todo, self.request.output, references)
+        few_rows = FewRows()
+        for result in synthesize(self.request.config, personas, todo, self.request.output, references):
+            few_rows.add(result)
+            yield result
         self.progress.end(SCORING)
         self.progress.end(ANSWERING)
+        self._warn(few_rows.message())
+
+    def _warn(self, message: str | None) -> None:
+        if message:
+            self.progress.say(f"warning: {message}")
 
     def evaluate(self, pool: GroupPool) -> None:
         """Compare the masks with the baselines."""

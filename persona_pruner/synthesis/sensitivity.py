@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from persona_pruner import activity
 from persona_pruner.backbone.forward import BackboneRunner, PrefixCache, pad_rows
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.backbone.prompts import persona_prefix, question_suffix
@@ -118,6 +119,7 @@ class Sensitivity:
                     own_LQD = prompt.unit_states(own_part or chunk[:1])
                 cosine_Q = (torch.stack(others).sum(0) * own_LQD).sum(-1).mean(0)
                 scores[own_part] = (1 - cosine_Q / len(others)).float().cpu()[: len(own_part)]
+                activity.count(activity.SCORING, done=len(own_part))
         for prompt in prompts.values():
             scores = found[prompt.persona.id]
             assert isinstance(scores, Tensor)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from persona_pruner import activity
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.backbone.prompts import answer_tokens, persona_prefix, question_suffix
@@ -42,6 +43,7 @@ class SelfRewriter:
         mine = order[world.rank :: world.size]
         self._runner.masks.set(None)
         sampled = self._decoder(prompts).decode([prompts[i] for i in mine])
+        activity.count(activity.ANSWERING, done=len(mine), tokens=sum(len(each.tokens) for each in sampled))
         by_position: dict[int, Sampled] = {}
         for part in self._backbone.gather(dict(zip(mine, sampled, strict=True))):
             by_position |= part
