@@ -10,7 +10,7 @@ import typer
 from persona_pruner.cli.app import JsonOption, OutputArgument, PersonaIdOption, PersonaOption, app, say, show
 from persona_pruner.errors import UserError
 
-catalog_app = typer.Typer(help="The index of all masks, catalog.parquet.", no_args_is_help=True)
+catalog_app = typer.Typer(help="The index of all masks, catalog/*.parquet.", no_args_is_help=True)
 app.add_typer(catalog_app, name="catalog")
 
 
@@ -51,7 +51,7 @@ def verify(output: OutputArgument, as_json: JsonOption = False) -> None:
 
     count = MaskStore(output).verify()
     if not count:
-        raise UserError(f"{output}: holds no mask (masks/<id>/mask.safetensors)")
+        raise UserError(f"{output}: holds no mask (masks/<2 hex>/<id>/mask.safetensors)")
     show({"verified": count, "output": output}, True) if as_json else say(f"{output}: {count} masks, all verify")
 
 
@@ -106,15 +106,13 @@ def import_(
 
 @catalog_app.command("rebuild")
 def catalog_rebuild(output: OutputArgument, as_json: JsonOption = False) -> None:
-    """Make catalog.parquet again from the masks themselves."""
-    from persona_pruner.masks.catalog import build_catalog, write_catalog
+    """Make the catalog again from the masks themselves."""
+    from persona_pruner.masks.catalog import update_catalog
     from persona_pruner.masks.store import MaskStore
     from persona_pruner.storage import keys
 
     storage = MaskStore(output).storage
-    table = build_catalog(storage, fresh=True)
-    write_catalog(storage, table)
-    show({"masks": table.num_rows, "catalog": f"{storage.url}/{keys.CATALOG}"}, as_json)
+    show({"masks": update_catalog(storage, fresh=True), "catalog": f"{storage.url}/{keys.CATALOG}"}, as_json)
 
 
 @app.command()

@@ -1,17 +1,27 @@
-"""catalog.parquet: one row a mask. An index only: it can be made again from the masks at any time."""
+"""The catalog: one row per mask, in Parquet files below catalog/ that are never changed, only replaced.
 
+An index only: it can be made again from the masks at any time. An update lists the masks, reads those that no part
+holds as they are now, and writes new parts for them and for what is left of parts with rows that are out of date.
+"""
+
+import hashlib
 import io
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from persona_pruner.errors import MaskError
 from persona_pruner.masks.format import Mask
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import NotFoundError, ObjectInfo, Storage
-from persona_pruner.storage.open import read_parquet
+from persona_pruner.storage.open import read_parquet_columns
+
+T = TypeVar("T")
 
 SCHEMA = pa.schema(
     [
@@ -41,60 +51,161 @@ object."""
 
 
 OBJECT = ("persona_id", "key", "size", "modified")
+METADATA = tuple(name for name in SCHEMA.names if name != "keep")
+PART_ROWS = 2048
+"""Rows of a part at most: some 60 MB with the bits of 28 x 8192 channels."""
+SMALL_PARTS = 8
+"""So many parts that are less than half full are put together, so that many small updates leave few parts."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    item: ObjectInfo
+    rows: pa.Table
+    current: pa.Array
+    """Rows of masks that are still as they were."""
+
+
+def mask_objects(storage: Storage) -> dict[str, ObjectInfo]:
+    """Persona id to mask object, of all masks below `storage`."""
+    masks: dict[str, ObjectInfo] = {}
+    for item in storage.list(keys.MASKS):
+        persona_id = keys.persona_of_mask(item.key)
+        if persona_id is not None and (persona_id not in masks or item.key == keys.mask(persona_id)):
+            masks[persona_id] = item
+    return masks
 
 
 def build_catalog(
-    storage: Storage, connections: int = 16, fresh: bool = False, columns: Sequence[str] = tuple(SCHEMA.names)
+    storage: Storage,
+    connections: int = 16,
+    columns: Sequence[str] = METADATA,
+    faults: list[str] | None = None,
 ) -> pa.Table:
-    """One row for each mask below `storage`, in order of ids; OBJECT and the `columns` asked for.
+    """One row for each mask that is there now, in order of ids: OBJECT and the `columns` asked for. Writes nothing.
 
-    Rows of an existing catalog are taken over where size and time of the object are unchanged, unless `fresh`. Every
-    other mask is read and verified. Raises MaskError naming the key of one that does not verify.
+    Masks that no stored part holds as they are now are read and verified. One that does not verify is left out and
+    its fault is added to `faults`; where that is None, MaskError is raised.
     """
     schema = pa.schema([field for field in SCHEMA if field.name in (*OBJECT, *columns)])
-    known = {} if fresh else {row["key"]: row for row in read_catalog(storage, schema.names).to_pylist()}
-    found = list(mask_objects(storage))
+    masks = mask_objects(storage)
+    parts = _read_parts(storage, masks, schema.names, connections)
+    rows = list(_read_rows(storage, _unknown(masks, parts), connections, schema.names, faults))
+    tables = [part.rows.take(part.current) for part in parts]
+    return pa.concat_tables([*tables, pa.Table.from_pylist(rows, schema)]).sort_by("persona_id")
 
-    def row_of(item: ObjectInfo) -> dict[str, Any]:
-        old = known.get(item.key)
-        if old and (old["size"], old["modified"]) == (item.size, item.modified):
-            return old
-        return {name: value for name, value in _row(storage, item).items() if name in schema.names}
+
+def update_catalog(storage: Storage, connections: int = 16, fresh: bool = False) -> int:
+    """Bring the stored parts up to date, or make them all again (`fresh`); returns how many masks there are.
+
+    Only masks that are new or changed are read. Raises MaskError naming the key of one that does not verify; nothing
+    is deleted then.
+    """
+    masks = mask_objects(storage)
+    parts = _read_parts(storage, masks, OBJECT, connections)
+    if fresh:
+        replaced = parts
+        unknown: list[ObjectInfo] = list(masks.values())
+    else:
+        replaced = [part for part in parts if len(part.current) < max(part.rows.num_rows, 1)]
+        small = [part for part in parts if part not in replaced and len(part.current) < PART_ROWS // 2]
+        replaced += small if len(small) >= SMALL_PARTS else []
+        unknown = _unknown(masks, parts)
+    carried = (row for part in replaced for row in _carried(storage, part)) if not fresh else ()
+    written = {
+        _write_part(storage, rows)
+        for rows in _batches(itertools.chain(carried, _read_rows(storage, unknown, connections, SCHEMA.names)))
+    }
+    for part in replaced:
+        if part.item.key not in written:
+            storage.delete(part.item.key)
+    if storage.exists(keys.CATALOG_OF_FORMAT_1):
+        storage.delete(keys.CATALOG_OF_FORMAT_1)
+    return len(masks)
+
+
+def _read_parts(
+    storage: Storage, masks: Mapping[str, ObjectInfo], columns: Sequence[str], connections: int
+) -> list[_Part]:
+    """All stored parts; of two rows of one mask the first is current. One that cannot be read counts as empty."""
+    schema = pa.schema([SCHEMA.field(name) for name in columns])
+
+    def read(item: ObjectInfo) -> pa.Table:
+        try:
+            return read_parquet_columns(storage, item, schema.names).cast(schema)
+        except (NotFoundError, pa.ArrowException, KeyError, OSError, ValueError):
+            return schema.empty_table()
+
+    items = list(storage.list(keys.CATALOG))
+    with ThreadPoolExecutor(connections) as pool:
+        tables = list(pool.map(read, items))
+    taken: set[str] = set()
+    parts = []
+    for item, table in zip(items, tables, strict=True):
+        current = []
+        objects = zip(*(table.column(name).to_pylist() for name in OBJECT), strict=True)
+        for number, (persona_id, *stored) in enumerate(objects):
+            if persona_id not in taken and persona_id in masks and tuple(stored) == masks[persona_id]:
+                taken.add(persona_id)
+                current.append(number)
+        parts.append(_Part(item, table, pa.array(current, pa.int64())))
+    return parts
+
+
+def _unknown(masks: Mapping[str, ObjectInfo], parts: Sequence[_Part]) -> list[ObjectInfo]:
+    known = {name for part in parts for name in part.rows.column("persona_id").take(part.current).to_pylist()}
+    return [item for persona_id, item in masks.items() if persona_id not in known]
+
+
+def _carried(storage: Storage, part: _Part) -> Iterator[dict[str, Any]]:
+    """The rows of a part that are still right, in full."""
+    if len(part.current):
+        yield from read_parquet_columns(storage, part.item, SCHEMA.names).take(part.current).to_pylist()
+
+
+def _read_rows(
+    storage: Storage,
+    items: Sequence[ObjectInfo],
+    connections: int,
+    columns: Sequence[str],
+    faults: list[str] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Rows of masks that are read and verified, a block at a time: what waits in a pool takes memory."""
+
+    def read(item: ObjectInfo) -> dict[str, Any] | None:
+        try:
+            return {name: value for name, value in _row(storage, item).items() if name in columns}
+        except MaskError as error:
+            if faults is None:
+                raise
+            faults.append(str(error))
+            return None
 
     with ThreadPoolExecutor(connections) as pool:
-        rows = list(pool.map(row_of, found))
-    return pa.Table.from_pylist(sorted(rows, key=lambda row: row["persona_id"]), schema)
-
-
-def mask_objects(storage: Storage) -> Iterator[ObjectInfo]:
-    """The mask objects below `storage`."""
-    for item in storage.list(keys.MASKS):
-        if item.key == keys.mask(keys.persona_of(item.key, keys.MASKS)):
-            yield item
+        for block in _batches(items):
+            yield from (row for row in pool.map(read, block) if row is not None)
 
 
 def _row(storage: Storage, item: ObjectInfo) -> dict[str, Any]:
     where = f"{storage.url}/{item.key}"
-    data = storage.get(item.key)
-    mask = Mask.from_bytes(data, where)
-    persona_id = keys.persona_of(item.key, keys.MASKS)
-    mask.check(where, persona_id=persona_id)
+    mask = Mask.from_bytes(storage.get(item.key), where)
+    mask.check(where, persona_id=keys.persona_of_mask(item.key))
     values = {name: getattr(mask.metadata, name) for name in SCHEMA.names if hasattr(mask.metadata, name)}
     values["kept"] = sum(mask.metadata.kept)
     return values | {"key": item.key, "size": item.size, "modified": item.modified, "keep": mask.packed()}
 
 
-def read_catalog(storage: Storage, columns: Sequence[str] = tuple(SCHEMA.names)) -> pa.Table:
-    """The stored catalog; empty where there is none or it cannot be read."""
-    schema = pa.schema([SCHEMA.field(name) for name in columns])
-    try:
-        table = read_parquet(storage.get(keys.CATALOG), schema.names)
-        return table.select(schema.names).cast(schema)
-    except (NotFoundError, pa.ArrowException, KeyError, OSError, ValueError):
-        return schema.empty_table()
+def _batches(values: Iterable[T]) -> Iterator[list[T]]:
+    iterator = iter(values)
+    while batch := list(itertools.islice(iterator, PART_ROWS)):
+        yield batch
 
 
-def write_catalog(storage: Storage, table: pa.Table) -> None:
+def _write_part(storage: Storage, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Store rows under a name made of their content, so that a part is never changed. Returns its key."""
     stream = io.BytesIO()
-    pq.write_table(table, stream, compression="zstd")
-    storage.put(keys.CATALOG, stream.getvalue())
+    pq.write_table(pa.Table.from_pylist(list(rows), SCHEMA), stream, compression="zstd", use_dictionary=list(METADATA))
+    data = stream.getvalue()
+    key = keys.catalog_part(hashlib.sha256(data).hexdigest()[:16])
+    storage.put(key, data)
+    return key

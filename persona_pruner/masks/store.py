@@ -4,6 +4,7 @@ from persona_pruner import MaskStore
 MaskStore("s3://bucket/run").load("alice").apply(model)
 """
 
+import contextlib
 import io
 import itertools
 import re
@@ -57,19 +58,21 @@ class MaskStore:
 
     def ids(self) -> list[str]:
         """Personas that have a mask, sorted."""
-        return sorted(keys.persona_of(item.key, keys.MASKS) for item in mask_objects(self.storage))
+        return sorted(mask_objects(self.storage))
 
     def read(self, persona_id: str) -> tuple[bytes, Mask]:
         """A mask and its bytes, verified. Raises MaskError naming the key, NotFoundError."""
-        key = keys.mask(persona_id)
+        key, data = self._get(persona_id)
         where = f"{self.storage.url}/{key}"
-        try:
-            data = self.storage.get(key)
-        except NotFoundError:
-            raise NotFoundError(f"{where}: there is no mask of persona {persona_id!r}") from None
         mask = Mask.from_bytes(data, where)
         mask.check(where, persona_id=persona_id)
         return data, mask
+
+    def _get(self, persona_id: str) -> tuple[str, bytes]:
+        for key in (keys.mask(persona_id), keys.mask_of_format_1(persona_id)):
+            with contextlib.suppress(NotFoundError):
+                return key, self.storage.get(key)
+        raise NotFoundError(f"{self.storage.url}/{keys.mask(persona_id)}: there is no mask of persona {persona_id!r}")
 
     def load(self, persona_id: str) -> Mask:
         return self.read(persona_id)[1]
@@ -148,7 +151,7 @@ class MaskStore:
     def share(self, persona_id: str, seconds: int) -> str:
         """A link that reads the mask without credentials, for so many seconds."""
         self.read(persona_id)
-        return self.storage.share(keys.mask(persona_id), seconds)
+        return self.storage.share(self._get(persona_id)[0], seconds)
 
     def import_indices(
         self,
@@ -179,7 +182,8 @@ class MaskStore:
             method="imported", ratio=1 - sum(kept) / keep_LI.numel(), seed=0, steps=0,
         )  # fmt: skip
         mask = Mask(keep_LI, metadata)
-        if not self.storage.put_if_absent(key, mask.to_bytes()):
+        older = self.storage.exists(keys.mask_of_format_1(persona.id))
+        if older or not self.storage.put_if_absent(key, mask.to_bytes()):
             raise MaskError(f"{self.storage.url}/{key}: another mask is there; remove it first")
         return mask
 
@@ -206,14 +210,7 @@ def garbage(storage: Storage, *, data: bool = False) -> list[str]:
     """Keys that no further run needs: checkpoints, stored answers and errors of personas that have a mask; where
     `data`, their questions and answers too, which `inspect` and the evaluation read. Personas whose mask does not
     verify keep everything."""
-    store = MaskStore(storage.url)
-    masked = set()
-    for persona_id in store.ids():
-        try:
-            store.read(persona_id)
-        except MaskError:
-            continue
-        masked.add(persona_id)
+    masked = set(build_catalog(storage, columns=(), faults=[]).column("persona_id").to_pylist())
     found = []
     for prefix in (keys.CHECKPOINTS, keys.ANSWERS, keys.ERRORS, *([keys.SYNTHESIS] if data else [])):
         found += [item.key for item in storage.list(prefix) if keys.persona_of(item.key, prefix) in masked]

@@ -15,7 +15,7 @@ from persona_pruner.errors import EXIT_PERSONAS_FAILED, EXIT_STOPPED, SourceErro
 from persona_pruner.evaluation import table
 from persona_pruner.learning.pooled import pooled_sample
 from persona_pruner.manifest import Manifest, Persona
-from persona_pruner.masks.catalog import build_catalog, write_catalog
+from persona_pruner.masks.catalog import update_catalog
 from persona_pruner.run.advice import advice, next_steps
 from persona_pruner.run.feed import SynthesisFeed
 from persona_pruner.run.identity import Identity, check_run, identify
@@ -250,7 +250,7 @@ class Job:
 
     def report(self) -> int:
         """Catalog, tables, what failed, where everything is, and what to try next. Returns the exit status."""
-        write_catalog(self.storage, build_catalog(self.storage, self.request.config.storage.connections))
+        update_catalog(self.storage, self.request.config.storage.connections)
         masked = self._masked()
         self._forget_errors(masked)
         self.progress.close("failed" if self.failures else "done")

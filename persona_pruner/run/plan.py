@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from persona_pruner.dataset import is_current
-from persona_pruner.errors import MaskError
 from persona_pruner.manifest import Manifest, Persona
 from persona_pruner.masks.catalog import build_catalog
 from persona_pruner.run.identity import Identity
@@ -46,12 +45,11 @@ class Plan:
 
 def masked_personas(personas: Sequence[Persona], storage: Storage, identity: Identity) -> tuple[Persona, ...]:
     """Those that are done: their id has a mask that verifies, of this very description and of this run."""
-    try:
-        catalog = build_catalog(storage, identity.config.storage.connections, columns=("persona_sha256", "run_id"))
-        ids, *decided = (catalog.column(name).to_pylist() for name in ("persona_id", "persona_sha256", "run_id"))
-        masks = dict(zip(ids, zip(*decided, strict=True), strict=True))
-    except MaskError:
-        masks = _verified_one_by_one(storage)
+    unverified: list[str] = []  # those are made again
+    columns = ("persona_sha256", "run_id")
+    catalog = build_catalog(storage, identity.config.storage.connections, columns, unverified)
+    ids, *decided = (catalog.column(name).to_pylist() for name in ("persona_id", *columns))
+    masks = dict(zip(ids, zip(*decided, strict=True), strict=True))
     return tuple(p for p in personas if p.id in masks and masks[p.id] == (p.sha256, identity.run_id))
 
 
@@ -71,23 +69,6 @@ def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
     tokens, flop, size = _estimate(identity, train, synthesize)
     failed = tuple(sorted(errors & left))
     return Plan(done, tuple(train), tuple(synthesize), failed, tokens, flop, size)
-
-
-def _verified_one_by_one(storage: Storage) -> dict[str, tuple[str, str]]:
-    """Masks that verify, where some do not: those are made again."""
-    from persona_pruner.masks.catalog import mask_objects
-    from persona_pruner.masks.format import Mask
-
-    found = {}
-    for item in mask_objects(storage):
-        persona_id = keys.persona_of(item.key, keys.MASKS)
-        try:
-            mask = Mask.from_bytes(storage.get(item.key), item.key)
-            mask.check(item.key, persona_id=persona_id)
-        except MaskError:
-            continue
-        found[persona_id] = (mask.metadata.persona_sha256, mask.metadata.run_id)
-    return found
 
 
 def _estimate(identity: Identity, train: list[Persona], synthesize: list[Persona]) -> tuple[int, float, int]:

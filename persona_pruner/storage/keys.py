@@ -1,7 +1,10 @@
 """Every key that a run reads or writes under its output prefix."""
 
+import hashlib
+
 RUN = "run.json"
-CATALOG = "catalog.parquet"
+CATALOG = "catalog/"
+CATALOG_OF_FORMAT_1 = "catalog.parquet"
 STATUS = "progress/status.json"
 TENSORBOARD = "progress/tensorboard"
 
@@ -35,7 +38,23 @@ def checkpoint(persona_id: str) -> str:
 
 
 def mask(persona_id: str) -> str:
+    """Below two hex digits of the id's hash: object storage spreads its load by the beginning of keys, and a directory
+    with 100,000 entries is slow."""
+    return f"{MASKS}{hashlib.sha256(persona_id.encode()).hexdigest()[:2]}/{persona_id}/mask.safetensors"
+
+
+def mask_of_format_1(persona_id: str) -> str:
     return f"{MASKS}{persona_id}/mask.safetensors"
+
+
+def persona_of_mask(key: str) -> str | None:
+    """The persona id in the key of a mask, of this format or of format 1; None where it is another object's key."""
+    name = key.removesuffix("/mask.safetensors").rpartition("/")[2]
+    return name if key in (mask(name), mask_of_format_1(name)) else None
+
+
+def catalog_part(digest: str) -> str:
+    return f"{CATALOG}part-{digest}.parquet"
 
 
 def error(persona_id: str) -> str:
@@ -61,6 +80,6 @@ def status(part: str = "") -> str:
 
 
 def persona_of(key: str, prefix: str) -> str:
-    """The persona id in a key below `prefix` (one of the prefixes above)."""
+    """The persona id in a key below `prefix`, one of those above whose next part begins with the id."""
     name, below, _ = key.removeprefix(prefix).partition("/")
     return name if below else name.rpartition(".")[0]

@@ -91,19 +91,21 @@ class LocalStorage:
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         if directory := prefix.rpartition("/")[0]:
             check_key(directory)
-        return self._walk(self.root / prefix.rpartition("/")[0], prefix)
+        return self._walk(f"{directory}/" if directory else "", prefix)
 
-    def _walk(self, directory: Path, prefix: str) -> Iterator[ObjectInfo]:
+    def _walk(self, directory: str, prefix: str) -> Iterator[ObjectInfo]:
+        """`directory` is a key that ends with "/", or empty for all."""
         try:
-            entries = sorted(os.scandir(directory), key=lambda e: f"{e.name}/" if e.is_dir() else e.name)
+            with os.scandir(self.root / directory) as scan:
+                entries = sorted((f"{entry.name}/" if entry.is_dir() else entry.name, entry) for entry in scan)
         except (FileNotFoundError, NotADirectoryError):
             return
-        for entry in entries:
-            key = Path(entry.path).relative_to(self.root).as_posix()
-            if entry.is_dir():
-                if f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
-                    yield from self._walk(Path(entry.path), prefix)
-            elif key.startswith(prefix) and not entry.name.startswith(PART):
+        for name, entry in entries:
+            key = directory + name
+            if name.endswith("/"):
+                if key.startswith(prefix) or prefix.startswith(key):
+                    yield from self._walk(key, prefix)
+            elif key.startswith(prefix) and not name.startswith(PART):
                 with contextlib.suppress(FileNotFoundError):
                     status = entry.stat()
                     yield ObjectInfo(key, status.st_size, status.st_mtime)

@@ -4,6 +4,7 @@ Credentials, region and endpoint come from the standard AWS places (environment,
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -19,6 +20,8 @@ from persona_pruner.storage.base import PIECE_BYTES, NotFoundError, ObjectInfo, 
 from persona_pruner.storage.local import LocalStorage
 
 DEFAULTS = StorageConfig()
+WHOLE_BYTES = 2**20
+"""A Parquet file up to this size is read in one request, whichever columns are wanted."""
 AT_START = StorageConfig(deadline_seconds=6)
 """For what a command reads before it starts: a wrong endpoint is told within 15 s."""
 
@@ -58,6 +61,43 @@ def read_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
     ends in that moment, it is aborted (std::terminate in the thread that waits for the interpreter's lock).
     """
     return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)
+
+
+class _Ranges(io.RawIOBase):
+    """An object as a file of which only what is asked for is read."""
+
+    def __init__(self, storage: Storage, item: ObjectInfo) -> None:
+        self._storage, self._item, self._at = storage, item, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._item.size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        wanted = self._item.size - self._at if size < 0 else size
+        data = self._storage.get_range(self._item.key, self._at, wanted) if wanted else b""
+        self._at += len(data)
+        return data
+
+
+def read_parquet_columns(storage: Storage, item: ObjectInfo, columns: Sequence[str]) -> pa.Table:
+    """Those columns of a stored Parquet file; of a large one no others are fetched. Raises pyarrow.ArrowException,
+    KeyError where a column is missing, StorageError."""
+    if item.size <= WHOLE_BYTES:
+        table = read_parquet(storage.get(item.key), columns)
+    else:
+        file = pq.ParquetFile(pa.PythonFile(_Ranges(storage, item), mode="r"))
+        table = file.read(columns=list(columns), use_threads=False)
+    return table.select(list(columns))
 
 
 def local_copy(url: str, cache: Path | None = None) -> Path:

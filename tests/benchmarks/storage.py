@@ -28,7 +28,7 @@ import torch
 
 from persona_pruner import MaskStore
 from persona_pruner.config.schema import StorageConfig
-from persona_pruner.masks.catalog import build_catalog, write_catalog
+from persona_pruner.masks.catalog import update_catalog
 from persona_pruner.masks.format import Mask, MaskMetadata
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
@@ -99,7 +99,7 @@ def measure_masks(storage: Storage, count: int, connections: int) -> dict[str, f
         write += seconds(lambda put=put, blobs=blobs: each(connections, put, range(min(blobs), max(blobs) + 1)))
     few = max(count // 10, 1)
     pulls = {number: pulled(storage.url, number, connections) for number in (1, few, count)}
-    rebuild = seconds(lambda: write_catalog(storage, build_catalog(storage, connections, fresh=True)))
+    rebuild = seconds(lambda: update_catalog(storage, connections, fresh=True))
     found = {"bytes_a_mask": size / count, "write_s": write, "pull_s": pulls[count][0], "rebuild_s": rebuild}
     return found | {f"pull_mb_{number}": peak for number, (_, peak) in pulls.items()}
 

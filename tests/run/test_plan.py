@@ -12,7 +12,7 @@ from tiny_models import save_tiny, tiny_config
 
 from persona_pruner.dataset import SCHEMA
 from persona_pruner.manifest import Manifest, Persona
-from persona_pruner.masks.catalog import build_catalog, write_catalog
+from persona_pruner.masks.catalog import update_catalog
 from persona_pruner.run.identity import identify
 from persona_pruner.run.plan import make_plan
 from persona_pruner.storage import keys
@@ -86,7 +86,7 @@ def test_ten_thousand_masks_are_found_again_in_little_memory(tmp_path, identity)
     people = [Persona(f"p{n}", f"person {n}") for n in range(MANY)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda persona: put_mask(storage, identity, persona), people))
-    write_catalog(storage, build_catalog(storage))
+    update_catalog(storage)
     file = tmp_path / "people.jsonl"
     file.write_text("".join(json.dumps({"id": p.id, "description": p.description}) + "\n" for p in people))
     code = (

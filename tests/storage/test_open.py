@@ -120,7 +120,8 @@ def test_no_id_escapes_its_prefix(tmp_path, text):
             assert local._path(key).resolve().is_relative_to(tmp_path.resolve())
             assert remote._name(key).startswith("run/")
             assert ".." not in remote._name(key).split("/")
-            assert keys.persona_of(keys.mask(text), keys.MASKS) == text
+            assert keys.persona_of_mask(keys.mask(text)) == text
+            assert keys.persona_of_mask(keys.mask_of_format_1(text)) == text
             assert keys.persona_of(keys.error(text), keys.ERRORS) == text
             assert keys.persona_of(keys.checkpoint(text), keys.CHECKPOINTS) == text
     else:
