@@ -41,14 +41,15 @@ from persona_pruner.learning.encoding import encode, encode_rows
 from persona_pruner.learning.estimators import topk_mask
 from persona_pruner.learning.fisher import fisher_scores
 from persona_pruner.learning.objective import answer_states, mask_gradient
+from persona_pruner.learning.outcome import LearnedScores, TrainingResult
 from persona_pruner.learning.pooled import global_config, pooled_config, train_pooled
 from persona_pruner.learning.teacher import TeacherCache
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.learning.training_free import activation
 from persona_pruner.manifest import Persona, read_manifest
-from persona_pruner.masks.format import Mask
-from persona_pruner.synthesis.rewrite import SelfRewriter
-from persona_pruner.synthesis.sources import load_questions
+from persona_pruner.synthesis.rewrite.backbone import SelfRewriter
+from persona_pruner.synthesis.rewrite.base import Request
+from persona_pruner.synthesis.sources import load_question_set
 
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "smollm2"
 ROLEPLAY = ("rolebench-af277108fc", "rolebench-62726ebf77", "rolebench-3938a5ad79", "character-llm-40d00d6c80")
@@ -73,10 +74,10 @@ class Speaker:
 class PooledStart(TrainingCallbacks):
     """Learning that starts from a pooled mask."""
 
-    def __init__(self, pooled: Mask) -> None:
+    def __init__(self, pooled: LearnedScores) -> None:
         self.pooled = pooled
 
-    def pooled_mask(self) -> Mask:
+    def pooled_scores(self) -> LearnedScores:
         return self.pooled
 
 
@@ -99,7 +100,7 @@ def speakers(backbone: Backbone, config: RunConfig, options: argparse.Namespace)
     example = read_manifest(str(EXAMPLE / "personas.jsonl")).personas[: options.personas - options.personas // 2]
     people = roleplay(options.personas // 2, options.heldout)
     people += [(persona, conversations[persona.id][: options.heldout]) for persona in example]
-    questions = sorted(load_questions(config.synthesis), key=lambda question: question.id)
+    questions = sorted(load_question_set(config.synthesis), key=lambda question: question.id)
     rewriter = SelfRewriter(backbone, config)
     found = []
     for persona, spoken in people:
@@ -107,7 +108,7 @@ def speakers(backbone: Backbone, config: RunConfig, options: argparse.Namespace)
         if not file.exists():
             train = random.Random(persona.id).sample(questions[options.heldout :], options.answers)
             asked = [*questions[: options.heldout], *train]
-            answers = [some[0] for some in rewriter.answers(persona, asked)]
+            answers = rewriter.answers([Request(persona, question, 0) for question in asked])
             rows = [
                 Row(question.text, answer.text, answer.finished)
                 for question, answer in zip(asked, answers, strict=True)
@@ -122,19 +123,18 @@ def speakers(backbone: Backbone, config: RunConfig, options: argparse.Namespace)
     return found
 
 
-def kept(file: Path, make: Callable[[], Mask | Tensor | None]) -> Mask:
-    """A mask of the cache, made where it is not there yet. From bits alone it is a mask without a header's facts."""
+def kept(file: Path, make: Callable[[], Tensor]) -> Tensor:
+    """The bits [L, I] of a mask in the cache, made where it is not there yet."""
     if not file.exists():
-        made = make()
-        assert made is not None, f"{file.stem}: training failed"
-        if isinstance(made, Tensor):
-            save_file({"keep": made}, file)
-        else:
-            file.write_bytes(made.to_bytes())
+        save_file({"keep": make().contiguous()}, file)
         print(f"{file.stem}: made", flush=True)
-    if "," in file.stem:
-        return Mask(load_file(file)["keep"], None)  # type: ignore[arg-type]
-    return Mask.from_bytes(file.read_bytes(), file.stem)
+    return load_file(file)["keep"]
+
+
+def done(result: TrainingResult) -> Tensor:
+    """The bits of a mask that was learned."""
+    assert result.mask is not None, result.message
+    return result.mask.keep_LI
 
 
 def free_of_training(
@@ -167,7 +167,7 @@ def free_of_training(
         }
         for method, make in ways.items():
             name = f"{method}-{ratio}" + ("" if method == PUBLISHED else f"-{who.id}")
-            made[method][who.id] = kept(cache / f"{name}.safetensors", make).keep_LI
+            made[method][who.id] = kept(cache / f"{name}.safetensors", make)
     return made
 
 
@@ -176,30 +176,31 @@ def learned(
 ) -> dict[str, dict[str, Tensor]]:
     """Bits [L, I] by method and persona. `other` is the mask of the persona half the list away."""
     data, ratio = [who.data for who in people], config.learning.ratio
-    pooled = kept(
-        cache / f"pooled-{ratio}.safetensors",
-        lambda: train_pooled(backbone, pooled_config(config), data, "benchmark").mask,
-    )
+    scores = cache / f"pooled-{ratio}.safetensors"
+    if not scores.exists():
+        result = train_pooled(backbone, pooled_config(config), data, "benchmark")
+        assert result.learned is not None, result.message
+        scores.write_bytes(result.learned.to_bytes())
+        print(f"{scores.stem}: made", flush=True)
+    pooled = LearnedScores.from_bytes(scores.read_bytes(), scores.name)
     start = PooledStart(pooled)
-    control = kept(
+    further = kept(
         cache / f"further-{ratio}.safetensors",
-        lambda: train_pooled(backbone, global_config(config, ratio), data, "benchmark", start).mask,
+        lambda: done(train_pooled(backbone, global_config(config, ratio), data, "benchmark", start)),
     )
     own = {
         who.id: kept(
             cache / f"own-{ratio}-{who.id}.safetensors",
-            lambda who=who: (
-                MaskTrainer(backbone, config)  # type: ignore[misc]
-                .train([who.data], run_id="benchmark", callbacks=start)[0]
-                .mask
+            lambda who=who: done(  # type: ignore[misc]
+                MaskTrainer(backbone, config).train([who.data], run_id="benchmark", callbacks=start)[0]
             ),
-        ).keep_LI
+        )
         for who in people
     }
     half = len(people) // 2
     return {
         "pooled": {who.id: pooled.keep_LI for who in people},
-        "pooled, further steps": {who.id: control.keep_LI for who in people},
+        "pooled, further steps": {who.id: further for who in people},
         "own": own,
         "other": {who.id: own[people[(n + half) % len(people)].id] for n, who in enumerate(people)},
     }
@@ -272,13 +273,13 @@ def compare(
         for rival in ("pooled, further steps", "other"):
             for scope, chosen in (("all", every), ("persona", tenth)):
                 pairs = [difference(*each) for each in zip(by_method["own"], by_method[rival], chosen, strict=True)]
-                mean, error = _mean_error([pair[0] for pair in pairs])
-                wins = sum(gain > 2 * error for gain, error in pairs)
+                mean, error = _mean_error([gain for gain, _ in pairs])
+                wins, clear = sum(gain > 0 for gain, _ in pairs), sum(gain > 2 * error for gain, error in pairs)
                 each = " ".join(f"{gain:+.3f}±{error:.3f}" for gain, error in pairs)
-                print(
-                    f"own better than {rival} ({scope} tokens): {mean:+.4f} ± {error:.4f}, {wins} by 2 errors: {each}"
-                )
-                found[f"beats_{'global' if 'further' in rival else 'other'}_{text}_{scope}"] = wins
+                print(f"own better than {rival} ({scope} tokens): {mean:+.4f} ± {error:.4f}, {wins} of {len(pairs)}, "
+                      f"{clear} by two standard errors of their rows: {each}")  # fmt: skip
+                name = f"{'global' if 'further' in rival else 'other'}_{text}_{scope}"
+                found |= {f"wins_{name}": wins, f"gain_{name}": mean, f"gain_error_{name}": error}
     return found
 
 
@@ -357,7 +358,7 @@ def main() -> None:
         percent = round(100 * ratio)
         result[f"removed_real_{percent}"] = found["removed_conversations"]
         for rival in ("global", "other"):
-            result[f"own_beats_{rival}_{percent}"] = found[f"beats_{rival}_conversations_all"]
+            result[f"own_beats_{rival}_{percent}"] = found[f"wins_{rival}_conversations_all"]
         result |= {f"{name}_{percent}": value for name, value in found.items()}
     print(json.dumps(result))
 
