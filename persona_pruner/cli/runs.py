@@ -9,9 +9,11 @@ import typer
 from persona_pruner.cli.app import (
     ConfigOption,
     JsonOption,
+    LimitOption,
     ManifestArgument,
     OutputArgument,
     OutputOption,
+    PartOption,
     PersonaIdOption,
     SetOption,
     app,
@@ -90,27 +92,55 @@ def plan(
 
 
 @app.command()
+def run(
+    manifest: ManifestArgument,
+    config: ConfigOption,
+    output: OutputOption,
+    set_: SetOption = [],  # noqa: B006
+    limit: LimitOption = None,
+    part: PartOption = None,
+) -> None:
+    """Make the masks: synthesize, train, evaluate what is missing. On a local Ray, or on the cluster of RAY_ADDRESS."""
+    from persona_pruner.run.main import Command
+    from persona_pruner.run.main import run as run_command
+
+    command = Command(manifest=manifest, config=config, output=output, overrides=set_, limit=limit, part=part)
+    raise typer.Exit(run_command(command))
+
+
+@app.command()
 def submit(
     manifest: ManifestArgument,
     config: ConfigOption,
     output: OutputOption,
     address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS")] = "http://127.0.0.1:8265",
-    working_dir: Annotated[str, typer.Option(help="Directory that is shipped to the cluster.")] = ".",
+    working_dir: Annotated[
+        str | None,
+        typer.Option(help="Ship this directory, e.g. a checkout; else only what the job reads."),
+    ] = None,
     set_: SetOption = [],  # noqa: B006
+    limit: LimitOption = None,
+    part: PartOption = None,
     env: Annotated[list[str], typer.Option(help="Pass this variable of your environment to the job.")] = [],  # noqa: B006
     wait: Annotated[bool, typer.Option(help="Follow the log to the end.")] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Submit the main job to a Ray cluster and follow its log. Exits with the job's own exit status."""
+    """Run `persona-pruner run` on a Ray cluster and follow its log. Exits with the job's own exit status."""
     from persona_pruner.config.load import load_config
     from persona_pruner.run.preflight import preflight_before_submission
-    from persona_pruner.run.submit import submit_job
+    from persona_pruner.run.submit import Submission, submit_job
 
-    if Path(config).is_file():
-        preflight_before_submission(load_config(config, set_))
-    overrides = [word for value in set_ for word in ("--set", value)]
-    command = ["python", "jobs/prune_personas.py", manifest, "--config", config, "--output", output, *overrides]
-    raise typer.Exit(submit_job(command, address, working_dir, env, wait, print_json=as_json))
+    settings = load_config(config, set_) if Path(config).is_file() else None
+    if settings is not None:
+        preflight_before_submission(settings)
+    options = [word for value in set_ for word in ("--set", value)]
+    options += ["--limit", str(limit)] if limit is not None else []
+    options += ["--part", part] if part is not None else []
+    submission = Submission(
+        manifest=manifest, config=config, output=output, options=options, address=address, working_dir=working_dir,
+        env=env,
+    )  # fmt: skip
+    raise typer.Exit(submit_job(submission, settings, wait, print_json=as_json))
 
 
 @app.command()

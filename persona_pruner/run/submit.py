@@ -2,27 +2,86 @@
 
 import json
 import os
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import ConfigError, StorageError
 
 STOP_WAIT = "20"
 """Seconds between SIGTERM and SIGKILL of `ray job stop`: enough to checkpoint what runs."""
 
 
-def submit_job(
-    command: Sequence[str], address: str, working_dir: str, env: Sequence[str], wait: bool, *, print_json: bool
-) -> int:
-    """Returns the job's exit status (0 at once without `wait`). Raises ConfigError, StorageError in one line."""
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What is submitted, and where to."""
+
+    manifest: str
+    config: str
+    output: str
+    options: Sequence[str] = ()
+    """More words of `persona-pruner run`."""
+    address: str
+    working_dir: str | None = None
+    """Shipped as it is; None ships only the files that the job reads."""
+    env: Sequence[str] = ()
+    """Variables of this environment that the job gets."""
+
+    @property
+    def command(self) -> list[str]:
+        words = ["python", "-m", "persona_pruner", "run", self.manifest]
+        return [*words, "--config", self.config, "--output", self.output, *self.options]
+
+
+def files_of(submission: Submission, config: RunConfig) -> Iterator[Path]:
+    """Local files and directories that the job reads, as far as they lie below the working directory.
+
+    Paths that are absolute are those of the cluster.
+    """
+    synthesis, evaluation = config.synthesis, config.evaluation
+    paths = [submission.manifest, submission.config, config.backbone.path, synthesis.references.path]
+    paths += [evaluation.conversations, evaluation.questions, *(source.path for source in synthesis.sources)]
+    for path in paths:
+        if path and "://" not in path and not Path(path).is_absolute() and Path(path).exists():
+            yield Path(path)
+
+
+def stage(files: Iterable[Path], directory: Path) -> None:
+    """Copy files into a directory under the names that they have below the working directory."""
+    for file in files:
+        to = directory / file
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            shutil.copytree(file, to, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(file, to)
+
+
+def submit_job(submission: Submission, config: RunConfig | None, wait: bool, *, print_json: bool) -> int:
+    """Returns the job's exit status (0 at once without `wait`). `config`: None where it lies on the cluster only.
+
+    Raises ConfigError, StorageError in one line.
+    """
+    missing = [name for name in submission.env if name not in os.environ]
+    if missing:
+        raise ConfigError(f"--env {missing[0]}: is not set in this environment")
+    with tempfile.TemporaryDirectory(prefix="persona-pruner-") as name:
+        if submission.working_dir is None and config is not None:
+            stage(files_of(submission, config), Path(name))
+        return _submit(submission, submission.working_dir or name, wait, print_json)
+
+
+def _submit(submission: Submission, working_dir: str, wait: bool, print_json: bool) -> int:
     import asyncio
     import shlex
 
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    missing = [name for name in env if name not in os.environ]
-    if missing:
-        raise ConfigError(f"--env {missing[0]}: is not set in this environment")
-    variables = {name: os.environ[name] for name in env} | {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT}
+    address, command = submission.address, submission.command
+    variables = {name: os.environ[name] for name in submission.env} | {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT}
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(

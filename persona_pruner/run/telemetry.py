@@ -50,17 +50,20 @@ class EventFiles:
             self._writer.add_scalar(f"phase/{phase['name']}", phase["done"], now)
 
     def store(self) -> None:
-        """Copy what is new to the output. Raises StorageError."""
+        """Copy what is new to the output. Raises StorageError; the next call copies what this one did not."""
         self._writer.flush()
-        (file,) = self._directory.iterdir()
-        size = file.stat().st_size
-        if size > self._copied:
-            self._storage.put(f"{keys.TENSORBOARD}/{file.name}", file.read_bytes())
-            self._copied = size
-        if size > self._part_bytes:
+        *_, last = sorted(self._directory.iterdir())
+        if last.stat().st_size > self._part_bytes:
             self._writer.close()
-            file.unlink()
             self._new_part()
+        *full, last = sorted(self._directory.iterdir())
+        for file in full:
+            self._storage.put(f"{keys.TENSORBOARD}/{file.name}", file.read_bytes())
+            file.unlink()
+        size = last.stat().st_size
+        if size > self._copied:
+            self._storage.put(f"{keys.TENSORBOARD}/{last.name}", last.read_bytes())
+            self._copied = size
 
     def close(self) -> None:
         self._writer.close()
