@@ -128,7 +128,7 @@ def submit(
     """Run `persona-pruner run` on a Ray cluster and follow its log. Exits with the job's own exit status."""
     from persona_pruner.config.load import load_config
     from persona_pruner.run.preflight import preflight_before_submission
-    from persona_pruner.run.submit import Submission, submit_job
+    from persona_pruner.run.submit import Submission, submit_run
 
     settings = load_config(config, set_) if Path(config).is_file() else None
     if settings is not None:
@@ -140,7 +140,7 @@ def submit(
         manifest=manifest, config=config, output=output, options=options, address=address, working_dir=working_dir,
         env=env,
     )  # fmt: skip
-    raise typer.Exit(submit_job(submission, settings, wait, print_json=as_json))
+    raise typer.Exit(submit_run(submission, settings, wait, print_json=as_json))
 
 
 @app.command()

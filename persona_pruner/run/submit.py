@@ -60,28 +60,29 @@ def stage(files: Iterable[Path], directory: Path) -> None:
             shutil.copyfile(file, to)
 
 
-def submit_job(submission: Submission, config: RunConfig | None, wait: bool, *, print_json: bool) -> int:
-    """Returns the job's exit status (0 at once without `wait`). `config`: None where it lies on the cluster only.
-
-    Raises ConfigError, StorageError in one line.
-    """
-    missing = [name for name in submission.env if name not in os.environ]
-    if missing:
-        raise ConfigError(f"--env {missing[0]}: is not set in this environment")
+def submit_run(submission: Submission, config: RunConfig | None, wait: bool, *, print_json: bool) -> int:
+    """As `submit_job`. `config`: None where it lies on the cluster only."""
     with tempfile.TemporaryDirectory(prefix="persona-pruner-") as name:
         if submission.working_dir is None and config is not None:
             stage(files_of(submission, config), Path(name))
-        return _submit(submission, submission.working_dir or name, wait, print_json)
+        working_dir = submission.working_dir or name
+        command, address, env = submission.command, submission.address, submission.env
+        return submit_job(command, address, working_dir, env, wait, print_json=print_json)
 
 
-def _submit(submission: Submission, working_dir: str, wait: bool, print_json: bool) -> int:
+def submit_job(
+    command: Sequence[str], address: str, working_dir: str, env: Sequence[str], wait: bool, *, print_json: bool
+) -> int:
+    """Returns the job's exit status (0 at once without `wait`). Raises ConfigError, StorageError in one line."""
     import asyncio
     import shlex
 
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    address, command = submission.address, submission.command
-    variables = {name: os.environ[name] for name in submission.env} | {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT}
+    missing = [name for name in env if name not in os.environ]
+    if missing:
+        raise ConfigError(f"--env {missing[0]}: is not set in this environment")
+    variables = {name: os.environ[name] for name in env} | {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT}
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(

@@ -4,7 +4,7 @@ import pytest
 
 from persona_pruner.config.load import load_config
 from persona_pruner.errors import ConfigError
-from persona_pruner.run.submit import Submission, files_of, stage, submit_job
+from persona_pruner.run.submit import Submission, files_of, stage, submit_run
 
 
 @pytest.fixture
@@ -47,4 +47,4 @@ def test_the_command_is_that_of_a_run_with_its_options():
 
 def test_a_variable_that_is_not_set_is_named():
     with pytest.raises(ConfigError, match="--env NOT_SET_HERE"):
-        submit_job(submission(env=["NOT_SET_HERE"]), None, False, print_json=False)
+        submit_run(submission(env=["NOT_SET_HERE"]), None, False, print_json=False)
