@@ -39,6 +39,8 @@ smollm2: $(READY) ## Masks on a real chat model (SmolLM2-135M, downloaded once);
 	$(BIN)/python manifests/smollm2/get_backbone.py
 	$(BIN)/python jobs/prune_personas.py manifests/smollm2/personas.jsonl \
 	  --config manifests/smollm2/run.yaml --output $(OUTPUT) --limit $(PERSONAS)
+	$(BIN)/persona-pruner compare $(OUTPUT) --backbone runs/backbones/SmolLM2-135M-Instruct --persona gran-posy \
+	  --question "I cannot sleep. Any ideas?" --question "What are you afraid of?" --max-tokens 48
 
 test: lint ## Linters, types and tests
 	$(BIN)/python -m pytest -q
