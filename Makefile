@@ -15,7 +15,7 @@ BACKBONE ?= manifests/quickstart/backbone
 export RAY_AUTH_MODE ?= disabled
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
 
-.PHONY: help quickstart smollm2 test serve test-serving lint faults bench clean
+.PHONY: help quickstart smollm2 test serve test-serving wheel lint faults bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show these targets
@@ -61,6 +61,10 @@ serve: $(SERVING_READY) ## Serve the masks of OUTPUT over the OpenAI API with vL
 
 test-serving: $(SERVING_READY) ## Tests in a real vLLM engine
 	$(SERVING)/bin/python -m pytest -q tests/serving/test_compact.py $(wildcard tests/serving/test_vllm_*.py)
+
+wheel: $(READY) ## Build the wheel into dist/ and try it in an empty environment and directory
+	$(BIN)/python -m pytest -q -m wheel tests/test_wheel.py
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 lint: $(READY)
 	$(BIN)/ruff check .
