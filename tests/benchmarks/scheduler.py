@@ -89,7 +89,7 @@ def our_job(directory: Path, count: int, config: dict[str, Any]) -> dict[str, fl
         except (FileNotFoundError, ProcessLookupError):
             break
         megabytes = max([megabytes, *(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))])
-        if first is None and next((output / "masks").glob("*/mask.safetensors"), None):
+        if first is None and next((output / "masks").glob("*/*/mask.safetensors"), None):
             first = time.monotonic() - began
     wall = time.monotonic() - began
     if job.wait():

@@ -53,7 +53,7 @@ def masks(output: Path) -> dict[str, str]:
     """sha256 of every committed mask object, by persona."""
     return {
         file.parent.name: sha256(file.read_bytes()).hexdigest()
-        for file in Path(output).glob("masks/*/mask.safetensors")
+        for file in Path(output).glob("masks/*/*/mask.safetensors")
     }
 
 

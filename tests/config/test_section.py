@@ -11,7 +11,7 @@ from persona_pruner.config.section import Section, hashed_contents, hashed_setti
 BASE = check_config(
     {
         "synthesis": {"sources": [{"path": "a.jsonl"}], "references": {"path": "r.jsonl"}},
-        "learning": {"halving": {"learning_rates": [0.1]}, "stoppers": {"plateau_evaluations": 3}},
+        "learning": {"init": "pooled", "optimizer": "value", "stoppers": {"plateau_evaluations": 3}},
         "evaluation": {"questions": "q"},
     }
 )
