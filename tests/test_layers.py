@@ -25,7 +25,7 @@ ONLY_IN = {
     ),
     "deepspeed": ("backbone/load.py", "backbone/operator.py"),
     "boto3": ("storage/s3.py",),
-    "botocore": ("storage/s3.py",),
+    "botocore": ("storage/s3.py", "storage/s3_errors.py"),
 }
 
 

@@ -21,6 +21,7 @@ from urllib3.exceptions import HTTPError
 from persona_pruner.config.schema import StorageConfig
 from persona_pruner.errors import StorageError
 from persona_pruner.storage.base import NotFoundError, ObjectInfo, TransientError, check_key, until_deadline
+from persona_pruner.storage.s3_errors import explain
 
 T = TypeVar("T")
 MULTIPART_BYTES = 64 * 2**20
@@ -29,23 +30,6 @@ CONNECT_SECONDS = 5
 SILENCE_SECONDS = 10
 """A server that sends nothing for so long counts as gone."""
 
-ADVICE = {
-    "InvalidAccessKeyId": "the access key is unknown to the server; check AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "the secret key does not fit; check AWS_SECRET_ACCESS_KEY",
-    "AccessDenied": "permission denied; check the policy of these credentials (cluster/policies/)",
-    "403": "permission denied; check the credentials and their policy (cluster/policies/)",
-    "RequestTimeTooSkewed": "the clock of this machine is wrong; synchronise it",
-    "ExpiredToken": "the credentials have expired; renew them",
-    "PermanentRedirect": "the bucket is in another region; check AWS_REGION",
-}
-DAMAGED_ON_THE_WAY = {"BadDigest", "XAmzContentSHA256Mismatch", "RequestTimeout", "IncompleteBody"}
-NO_ANSWER = (
-    known.EndpointConnectionError,
-    known.ConnectTimeoutError,
-    known.ReadTimeoutError,
-    known.ProxyConnectionError,
-    TimeoutError,
-)
 log = logging.getLogger(__name__)
 
 
@@ -97,37 +81,9 @@ class S3Storage:
                 # One second more, so that whoever watches the deadline itself can say better what came.
                 return _bounded(lambda: call(self.client), max(end - time.monotonic(), 0) + 1)
             except (known.ClientError, known.BotoCoreError, HTTPError, OSError) as error:
-                raise self._explain(key, error) from None
+                raise explain(error, self.url, key, self._endpoint()) from None
 
         return until_deadline(limit, once)
-
-    def _explain(self, key: str, error: Exception) -> StorageError:
-        """One line for what went wrong and what to check."""
-        place = f"{self.url}/{key}" if key else self.url
-        response = getattr(error, "response", None) or {}
-        code = str(response.get("Error", {}).get("Code", ""))
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if code == "NoSuchBucket":
-            return StorageError(f"{place}: bucket {self.bucket} does not exist; create it or check its name")
-        if key and code in ("NoSuchKey", "404", "NotFound"):
-            return NotFoundError(f"{place}: no such object")
-        if code in ADVICE:
-            return StorageError(f"{place}: {ADVICE[code]}")
-        if isinstance(error, known.NoCredentialsError | known.PartialCredentialsError):
-            return StorageError(f"{place}: no AWS credentials; set AWS_ACCESS_KEY_ID and so on, a profile, or a role")
-        if isinstance(error, known.SSLError):
-            return StorageError(f"{place}: TLS failed: check the certificate of the endpoint or AWS_CA_BUNDLE")
-        if isinstance(error, known.ParamValidationError):
-            return StorageError(f"{place}: {' '.join(str(error).split())}")
-        if isinstance(error, NO_ANSWER):
-            return TransientError(f"{place}: no server answers at {self._endpoint()}; check AWS_ENDPOINT_URL")
-        if code == "404":
-            return StorageError(f"{place}: {self._endpoint()} is no S3 server (HTTP 404); check AWS_ENDPOINT_URL")
-        if code not in DAMAGED_ON_THE_WAY and 400 <= status < 500 and status not in (408, 409, 425, 429):
-            return StorageError(f"{place}: the server refused the request: {code} (HTTP {status})")
-        if not status:
-            return TransientError(f"{place}: {type(error).__name__} at {self._endpoint()}; check AWS_ENDPOINT_URL")
-        return TransientError(f"{place}: {code} (HTTP {status})")
 
     def _endpoint(self) -> str:
         return str(self._made.meta.endpoint_url) if self._made else "the server"
