@@ -1,0 +1,49 @@
+import datetime
+
+import pytest
+from pydantic import ValidationError
+
+from persona_pruner.config.schema import EvaluationConfig, GroupsConfig, PromptConfig, RunConfig, StorageConfig
+
+
+def test_every_setting_has_a_default_that_keeps_all_rules():
+    assert RunConfig() == RunConfig.model_validate(RunConfig().model_dump(mode="json"))
+
+
+def test_settings_do_not_change_after_they_were_checked():
+    with pytest.raises(ValidationError, match="frozen"):
+        RunConfig().groups.max = 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"system": "Be nice."}, "prompt.system must contain {persona}"),
+        ({"rewrite": "Answer."}, "prompt.rewrite must contain {question}"),
+        ({"rewrite_with_reference": "{answer}"}, "prompt.rewrite_with_reference must contain {question}"),
+        ({"rewrite_with_reference": "none"}, "must contain {question} and {answer}"),
+    ],
+)
+def test_a_prompt_without_its_placeholders_is_refused(settings, told):
+    with pytest.raises(ValidationError, match=told.replace("{", r"\{")):
+        PromptConfig(**settings)
+
+
+def test_prompts_are_the_same_on_every_day():
+    assert PromptConfig().date == datetime.date(2024, 7, 26)
+    assert PromptConfig.model_validate({"date": "2030-01-02"}).date == datetime.date(2030, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "told"),
+    [
+        (GroupsConfig, {"min": 3, "max": 2}, "max = 2 is below min = 3"),
+        (GroupsConfig, {"shards": 0}, "greater than or equal to 1"),
+        (GroupsConfig, {"timeout_seconds": float("inf")}, "finite"),
+        (EvaluationConfig, {"max_rows": 0}, "greater than or equal to 1"),
+        (StorageConfig, {"server_side_encryption": "rot13"}, "AES256"),
+    ],
+)
+def test_values_that_no_run_could_use_are_refused(section, settings, told):
+    with pytest.raises(ValidationError, match=told):
+        section(**settings)
