@@ -60,29 +60,33 @@ class RequestMask:
         return np.unpackbits(packed, axis=1, count=channels, bitorder="little").astype(bool)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaskLayout:
+    """What of a backbone's masks one rank of an engine holds."""
+
+    layers: tuple[int, ...]
+    """Indices of the backbone's layers that live here."""
+    total_layers: int
+    channels: int
+    """Of the whole backbone."""
+    slots: int
+    tokens: int
+    """Of the largest step."""
+    rank: int = 0
+    """With tensor parallelism rank r holds the r-th of `ranks` equal parts of the channels."""
+    ranks: int = 1
+
+
 class MaskTable:
     """`bits_LSN` and `slot_T` are static buffers that the operator reads; everything else lives on the host."""
 
-    def __init__(
-        self,
-        layers: Sequence[int],
-        total_layers: int,
-        channels: int,
-        *,
-        slots: int,
-        tokens: int,
-        rank: int = 0,
-        ranks: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        """layers: indices of the backbone's layers that live here; channels: of the whole backbone. With tensor
-        parallelism rank r holds the r-th of `ranks` equal parts of the channels."""
-        self.layers, self.total_layers, self.channels = list(layers), total_layers, channels
-        width = channels // ranks
-        self._columns = slice(rank * width, (rank + 1) * width)
-        self.bits_LSN = torch.zeros(len(layers), slots + 1, -(-width // 8), dtype=torch.uint8, device=device)
+    def __init__(self, layout: MaskLayout, device: torch.device | str = "cpu") -> None:
+        self.layers, self.total_layers, self.channels = list(layout.layers), layout.total_layers, layout.channels
+        slots, width = layout.slots, layout.channels // layout.ranks
+        self._columns = slice(layout.rank * width, (layout.rank + 1) * width)
+        self.bits_LSN = torch.zeros(len(self.layers), slots + 1, -(-width // 8), dtype=torch.uint8, device=device)
         self.bits_LSN[:, 0] = 255
-        self.slot_T = torch.zeros(tokens, dtype=torch.int32, device=device)
+        self.slot_T = torch.zeros(layout.tokens, dtype=torch.int32, device=device)
         self._slots: OrderedDict[str, int] = OrderedDict()
         self._free = list(range(slots, 0, -1))
         self.loads = self.evictions = 0

@@ -21,7 +21,7 @@ from torch import nn
 from persona_pruner.errors import BackboneError, MaskError
 from persona_pruner.serving.channel_op import mask_channels
 from persona_pruner.serving.compact import CompactFfns, keep_weights
-from persona_pruner.serving.mask_table import MaskTable, RequestMask, ffn_shape
+from persona_pruner.serving.mask_table import MaskLayout, MaskTable, RequestMask, ffn_shape
 
 SLOTS, COMPACT = "persona_slots", "persona_compact"
 _OUTPUT_PROJECTIONS = ("down_proj", "dense_4h_to_h", "fc2")
@@ -120,10 +120,11 @@ def install(model: nn.Module, vllm_config: Any) -> MaskTable:
             f"{SLOTS} = {slots}: each of a step's requests may bring another mask; at least "
             f"max_num_seqs = {scheduler.max_num_seqs}"
         )
-    table = MaskTable(
-        list(projections), layers, channels, slots=slots, tokens=_largest_step(vllm_config), rank=first.tp_rank,
-        ranks=first.tp_size, device=vllm_config.device_config.device,
+    layout = MaskLayout(
+        layers=tuple(projections), total_layers=layers, channels=channels, slots=slots,
+        tokens=_largest_step(vllm_config), rank=first.tp_rank, ranks=first.tp_size,
     )  # fmt: skip
+    table = MaskTable(layout, vllm_config.device_config.device)
     for number, projection in enumerate(projections.values()):
         # Buffers of the module, not values in a closure: torch.compile then takes them as inputs of its graph.
         projection.register_buffer("mask_bits_SN", table.bits_LSN[number], persistent=False)

@@ -4,7 +4,7 @@ import torch
 
 from persona_pruner.errors import MaskError
 from persona_pruner.serving.channel_op import mask_channels
-from persona_pruner.serving.mask_table import MaskTable, RequestMask
+from persona_pruner.serving.mask_table import MaskLayout, MaskTable, RequestMask
 
 LAYERS, CHANNELS = 3, 48
 
@@ -14,6 +14,10 @@ def make_mask(seed, channels=CHANNELS):
     return keep_LI, RequestMask.of(np.packbits(keep_LI, axis=1, bitorder="little").tobytes())
 
 
+def make_table(channels=CHANNELS, layers=range(LAYERS), **sizes):
+    return MaskTable(MaskLayout(layers=tuple(layers), total_layers=LAYERS, channels=channels, **sizes))
+
+
 def kept_by_token(table, layer, tokens):
     hidden_TI = torch.ones(tokens, table.bits_LSN.shape[2] * 8)
     mask_channels(hidden_TI, table.bits_LSN[layer], table.slot_T[:tokens])
@@ -21,7 +25,7 @@ def kept_by_token(table, layer, tokens):
 
 
 def test_tokens_of_a_step_use_the_mask_of_their_request_and_padding_none():
-    table = MaskTable(range(LAYERS), LAYERS, CHANNELS, slots=4, tokens=12)
+    table = make_table(slots=4, tokens=12)
     (keep_a, a), (keep_b, b) = make_mask(1), make_mask(2)
     table.assign([a, None, b, a], np.array([0, 3, 4, 6, 9]))
     for layer in range(LAYERS):
@@ -32,7 +36,7 @@ def test_tokens_of_a_step_use_the_mask_of_their_request_and_padding_none():
 
 
 def test_the_mask_that_was_not_used_for_the_longest_time_leaves_and_comes_back_whole():
-    table = MaskTable(range(LAYERS), LAYERS, CHANNELS, slots=2, tokens=4)
+    table = make_table(slots=2, tokens=4)
     masks = [make_mask(seed) for seed in range(5)]
     for _ in range(3):
         for keep_LI, mask in masks:
@@ -42,7 +46,7 @@ def test_the_mask_that_was_not_used_for_the_longest_time_leaves_and_comes_back_w
 
 
 def test_a_step_never_loses_a_mask_that_it_uses_itself():
-    table = MaskTable(range(LAYERS), LAYERS, CHANNELS, slots=3, tokens=3)
+    table = make_table(slots=3, tokens=3)
     masks = [make_mask(seed) for seed in range(6)]
     for first in range(4):
         step = masks[first : first + 3]
@@ -54,7 +58,7 @@ def test_a_step_never_loses_a_mask_that_it_uses_itself():
 @pytest.mark.parametrize("channels", [48, 40])
 def test_every_rank_of_a_tensor_parallel_engine_holds_its_own_columns(channels):
     keep_LI, mask = make_mask(3, channels)
-    tables = [MaskTable(range(LAYERS), LAYERS, channels, slots=1, tokens=1, rank=rank, ranks=2) for rank in range(2)]
+    tables = [make_table(channels, slots=1, tokens=1, rank=rank, ranks=2) for rank in range(2)]
     for table in tables:
         table.assign([mask], np.array([0, 1]))
     halves = [kept_by_token(table, 0, 1)[0][: channels // 2] for table in tables]
@@ -63,7 +67,7 @@ def test_every_rank_of_a_tensor_parallel_engine_holds_its_own_columns(channels):
 
 def test_a_pipeline_stage_holds_its_own_layers():
     keep_LI, mask = make_mask(4)
-    table = MaskTable([2], LAYERS, CHANNELS, slots=1, tokens=1)
+    table = make_table(layers=[2], slots=1, tokens=1)
     table.assign([mask], np.array([0, 1]))
     assert (kept_by_token(table, 0, 1)[0] == keep_LI[2]).all()
 
