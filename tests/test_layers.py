@@ -1,4 +1,4 @@
-"""Dependencies point one way, and the heavy libraries are imported in few places."""
+"""Dependencies point one way, the heavy libraries are imported in few places, and tests mirror the package."""
 
 import ast
 from pathlib import Path
@@ -66,6 +66,14 @@ def test_heavy_libraries_stay_in_their_files(library):
     }
     assert users
     assert {user for user in users if not user.startswith(ONLY_IN[library])} == set()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_every_module_has_its_mirror_test(file):
+    if file.name in ("__init__.py", "__main__.py"):
+        return
+    mirror = ROOT / "tests" / file.relative_to(PACKAGE).with_name(f"test_{file.name}")
+    assert mirror.is_file(), f"{file.relative_to(ROOT)} is tested in {mirror.relative_to(ROOT)}, which is missing"
 
 
 def test_nothing_deserialises_code():

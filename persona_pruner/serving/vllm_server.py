@@ -36,6 +36,8 @@ def engine_options(slots: int, compact: int = 0) -> dict[str, Any]:
 
     A request then brings a mask as `SamplingParams(extra_args=RequestMask.of(mask.packed()).extra_args())`.
     """
+    # The front end runs in this process and salts the prefix cache: without the entry point nothing else hooks into it.
+    register()
     return {
         "additional_config": {SLOTS: slots, COMPACT: compact},
         "worker_extension_cls": "persona_pruner.serving.vllm_worker.PersonaWorker",
@@ -45,7 +47,6 @@ def engine_options(slots: int, compact: int = 0) -> dict[str, Any]:
 def run(served: Served) -> None:
     import uvloop
 
-    register()
     with tempfile.TemporaryDirectory() as directory:
         template = Path(directory, "chat_template.jinja")
         template.write_text(served.chat_template, encoding="utf-8")
