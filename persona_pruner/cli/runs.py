@@ -50,13 +50,13 @@ def validate(manifest: ManifestArgument, as_json: JsonOption = False) -> None:
     """Check a manifest: every fault with its row, in one go. Reads only."""
     from persona_pruner.manifest import read_manifest
 
-    found = read_manifest(manifest)
+    personas = read_manifest(manifest)
     if as_json:
-        show({"manifest": manifest, "personas": len(found.personas), "warnings": list(found.warnings)}, True)
+        show({"manifest": manifest, "personas": len(personas.personas), "warnings": list(personas.warnings)}, True)
         return
-    for warning in found.warnings:
+    for warning in personas.warnings:
         say(f"warning: {warning}")
-    say(f"{manifest}: {len(found.personas)} personas, no faults")
+    say(f"{manifest}: {len(personas.personas)} personas, no faults")
 
 
 @app.command()
@@ -84,11 +84,11 @@ def plan(
     storage.check_writable()
     identity = identify(settings, personas.personas, storage)
     check_run(storage, identity)
-    found = make_plan(personas, storage, identity).summary()
+    summary = make_plan(personas, storage, identity).summary()
     if not as_json:
-        found |= {"flop": f"about {found['flop']:.2e}", "bytes": f"about {found['bytes']:,} for the masks"}
-        found |= {"tokens": f"about {found['tokens']:,}"}
-    show({"run_id": identity.run_id, "personas": len(personas.personas)} | found, as_json)
+        summary |= {"flop": f"about {summary['flop']:.2e}", "bytes": f"about {summary['bytes']:,} for the masks"}
+        summary |= {"tokens": f"about {summary['tokens']:,}"}
+    show({"run_id": identity.run_id, "personas": len(personas.personas)} | summary, as_json)
 
 
 @app.command()
@@ -179,11 +179,11 @@ def inspect(
 
     storage = open_storage(output)
     storage.check_readable(keys.SYNTHESIS)
-    found = inspect_persona(storage, persona, count)
+    inspection = inspect_persona(storage, persona, count)
     if as_json:
-        show(found, True)
+        show(inspection, True)
     else:
-        console.print(render(found))
+        console.print(render(inspection))
 
 
 @app.command("list")

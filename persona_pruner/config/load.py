@@ -52,11 +52,11 @@ def check_config(tree: Mapping[str, Any], where: str = "configuration") -> RunCo
         # A setting that takes several types has a fault for each of them, which are one to the user.
         faults: dict[str, list[str]] = {}
         for fault in error.errors():
-            place, problem = _explain(fault)
-            problems = faults.setdefault(place, [])
+            setting, problem = _explain(fault)
+            problems = faults.setdefault(setting, [])
             if problem not in problems:
                 problems.append(problem)
-        lines = [f"{where}: {place}{' or '.join(problems)}" for place, problems in faults.items()]
+        lines = [f"{where}: {setting}{' or '.join(problems)}" for setting, problems in faults.items()]
         raise ConfigError("\n".join(lines[:20])) from None
 
 
@@ -69,18 +69,18 @@ def _explain(fault: Mapping[str, Any]) -> tuple[str, str]:
         hint = f"did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else f"known keys: {', '.join(names)}"
         return f"unknown key {'.'.join(keys)}; ", hint
     keys = [key for key in keys if key not in ("constrained-float", "literal['auto']", "float")]
-    place = ".".join(keys)
+    setting = ".".join(keys)
     message = fault["msg"].removeprefix("Value error, ")
     match fault["type"]:
         case "value_error":
-            return f"{place}: " if place else "", message
+            return f"{setting}: " if setting else "", message
         case "missing":
-            return f"{place}: ", "is missing"
+            return f"{setting}: ", "is missing"
         case "model_type" | "model_attributes_type":
             message = "must be a mapping of settings"
         case "tuple_type":
             message = "must be a list"
-    return f"{place} = {fault['input']!r}: ", message.replace("Input should be", "must be")
+    return f"{setting} = {fault['input']!r}: ", message.replace("Input should be", "must be")
 
 
 def _section_at(keys: Sequence[str]) -> list[str]:

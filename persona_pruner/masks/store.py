@@ -211,10 +211,10 @@ def garbage(storage: Storage, *, data: bool = False) -> list[str]:
     `data`, their questions and answers too, which `inspect` and the evaluation read. Personas whose mask does not
     verify keep everything."""
     masked = set(build_catalog(storage, columns=(), faults=[]).column("persona_id").to_pylist())
-    found = []
+    unneeded = []
     for prefix in (keys.CHECKPOINTS, keys.ANSWERS, keys.ERRORS, *([keys.SYNTHESIS] if data else [])):
-        found += [item.key for item in storage.list(prefix) if keys.persona_of(item.key, prefix) in masked]
-    return found
+        unneeded += [item.key for item in storage.list(prefix) if keys.persona_of(item.key, prefix) in masked]
+    return unneeded
 
 
 def orphans(storage: Storage, remove: bool = False) -> list[str]:

@@ -168,10 +168,10 @@ def _backbone(nodes: Sequence[Node]) -> Finding:
     marks = {m for node in nodes if (m := (node.facts.get("backbone") or {}).get("fingerprint"))}
 
     def fault(node: Node) -> str | None:
-        found = node.facts["backbone"]
-        if "fault" in found:
-            return str(found["fault"])
-        return f"fingerprint {found['fingerprint'][:12]}" if len(marks) > 1 else None
+        backbone = node.facts["backbone"]
+        if "fault" in backbone:
+            return str(backbone["fault"])
+        return f"fingerprint {backbone['fingerprint'][:12]}" if len(marks) > 1 else None
 
     remedy = "put the same weights where backbone.path leads on every node; an s3:// path is the same everywhere"
     return _each("backbone", nodes, fault, remedy, f"fingerprint {min(marks, default='')[:12]} everywhere")

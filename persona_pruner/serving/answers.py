@@ -49,15 +49,15 @@ class AnswerTap:
         return {**message, "body": b"\n\n".join(kept)}
 
     def _is_hidden_usage(self, event: bytes) -> bool:
-        found = parse_object(event.removeprefix(b"data: "))
-        self._usage = found.get("usage") or self._usage
-        return self._hide_usage and bool(found.get("usage")) and found.get("choices") == []
+        usage_event = parse_object(event.removeprefix(b"data: "))
+        self._usage = usage_event.get("usage") or self._usage
+        return self._hide_usage and bool(usage_event.get("usage")) and usage_event.get("choices") == []
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
     """A JSON object; empty where it is none."""
     try:
-        found = json.loads(data)
+        value = json.loads(data)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

@@ -67,8 +67,8 @@ class PersonaChat:
         )
         with ChannelMasks(model) as masks:
             masks.set(mask.keep_LI.to(self._backbone.device) if mask else None)
-            found = model.generate(**inputs, max_new_tokens=sampling.max_tokens, **drawn)
-        return str(tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+            tokens = model.generate(**inputs, max_new_tokens=sampling.max_tokens, **drawn)
+        return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
     def compare(self, question: str, sampling: Sampling) -> dict[str, str]:
         """One question, answered under each of `names`."""

@@ -73,32 +73,32 @@ class CompactFfns:
         self._active = None
         if not wanted or None in masks:
             return
-        fitting = [found for found in self._sets.values() if wanted <= found.members.keys()]
-        found = min(fitting, key=lambda one: one.width) if fitting else self._gather_in_time(wanted, masks)
-        if found is None:
+        fitting = [compact_set for compact_set in self._sets.values() if wanted <= compact_set.members.keys()]
+        compact_set = min(fitting, key=lambda one: one.width) if fitting else self._gather_in_time(wanted, masks)
+        if compact_set is None:
             return
-        self._active = found
-        self._sets.move_to_end(frozenset(found.members))
+        self._active = compact_set
+        self._sets.move_to_end(frozenset(compact_set.members))
         self.steps += 1
-        members = np.repeat([found.members[mask.digest] for mask in masks if mask], np.diff(starts))
+        members = np.repeat([compact_set.members[mask.digest] for mask in masks if mask], np.diff(starts))
         self._member_T[: len(members)].copy_(torch.from_numpy(members.astype(np.int32)))
 
     def stats(self) -> dict[str, float]:
         return {
             "compact_sets": len(self._sets),
-            "compact_bytes": sum(found.bytes for found in self._sets.values()),
+            "compact_bytes": sum(compact_set.bytes for compact_set in self._sets.values()),
             "compact_gathers": self.gathers,
             "compact_gather_seconds": self.gather_seconds,
             "compact_steps": self.steps,
         }
 
     def _forward(self, number: int, ffn: Any, whole_ffn: Any, hidden_TD: Tensor) -> Tensor:
-        found = self._active
-        if found is None:
+        compact_set = self._active
+        if compact_set is None:
             return whole_ffn(hidden_TD)
-        layer = found.layers[number]
+        layer = compact_set.layers[number]
         hidden_TU = ffn.act_fn(layer.gate_up(hidden_TD))
-        if len(found.members) > 1:
+        if len(compact_set.members) > 1:
             mask_channels(hidden_TU, layer.bits_MN, self._member_T[: len(hidden_TU)])
         return layer.down(hidden_TU)
 
@@ -119,10 +119,10 @@ class CompactFfns:
         while len(self._sets) >= self._capacity:
             self._sets.popitem(last=False)
         start = time.perf_counter()
-        found = self._sets[wanted] = self._gather([mask.digest for mask in distinct], keep_MLI)
+        compact_set = self._sets[wanted] = self._gather([mask.digest for mask in distinct], keep_MLI)
         self.gathers += 1
         self.gather_seconds += time.perf_counter() - start
-        return found
+        return compact_set
 
     def _gather(self, digests: list[str], keep_MLI: np.ndarray) -> _Gathered:
         layers, width, size = [], 0, 0

@@ -216,8 +216,8 @@ def _model(backbone: str, persona_id: str | None) -> dict[str, Any]:
 def _headers(persona: ServedPersona | None) -> list[tuple[bytes, bytes]]:
     if persona is None:
         return []
-    found = {DIGEST_HEADER: persona.mask.digest, PERSONA_HEADER: persona.id}
-    return [(name.encode(), value.encode()) for name, value in found.items()]
+    headers = {DIGEST_HEADER: persona.mask.digest, PERSONA_HEADER: persona.id}
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
 async def _read_body(request: Request) -> dict[str, Any]:

@@ -27,8 +27,8 @@ class VllmEngine:
             body["vllm_xargs"] = {**(extra if isinstance(extra, dict) else {}), **mask.extra_args()}
 
     async def stats(self) -> dict[str, float]:
-        found: list[dict[str, float]] = await self._client.collective_rpc("persona_stats", STATS_SECONDS)
-        return found[0]
+        stats: list[dict[str, float]] = await self._client.collective_rpc("persona_stats", STATS_SECONDS)
+        return stats[0]
 
 
 def engine_options(slots: int, compact: int = 0) -> dict[str, Any]:

@@ -109,13 +109,13 @@ def local_copy(url: str, cache: Path | None = None) -> Path:
         return Path(url)
     bucket, _, key = url.removeprefix("s3://").rstrip("/").partition("/")
     source = open_storage(f"s3://{bucket}")
-    found = [o for o in source.list(key) if o.size and (o.key == key or o.key.startswith(f"{key}/"))]
-    if not found:
+    objects = [o for o in source.list(key) if o.size and (o.key == key or o.key.startswith(f"{key}/"))]
+    if not objects:
         raise NotFoundError(f"{url}: nothing is there")
-    version = hashlib.sha256(repr((url, found)).encode()).hexdigest()[:16]
+    version = hashlib.sha256(repr((url, objects)).encode()).hexdigest()[:16]
     root = (cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "persona-pruner") / version
     copy = LocalStorage(root, StorageConfig())
-    for item in found:
+    for item in objects:
         name = item.key[len(key) - len(Path(key).name) :]
         check_key(name)
         if not copy.exists(name):

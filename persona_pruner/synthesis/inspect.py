@@ -38,18 +38,18 @@ def inspect_persona(storage: Storage, persona_id: str, count: int = 5) -> dict[s
     }
 
 
-def render(found: dict[str, Any]) -> Group:
-    outcomes = ", ".join(f"{name} {count}" for name, count in found["outcomes"].items())
-    scores = Table(title=f"{found['persona_id']}: {found['rows']} rows ({outcomes})", title_justify="left")
+def render(inspection: dict[str, Any]) -> Group:
+    outcomes = ", ".join(f"{name} {count}" for name, count in inspection["outcomes"].items())
+    scores = Table(title=f"{inspection['persona_id']}: {inspection['rows']} rows ({outcomes})", title_justify="left")
     scores.add_column("score", justify="right")
     scores.add_column("question")
     for part in ("most_sensitive", "least_sensitive"):
-        for row in found[part]:
+        for row in inspection[part]:
             scores.add_row(f"{row['score']:.4f}", row["question"])
         scores.add_section()
     answers = Table(title="before and after", title_justify="left")
     for name in ("question", "original answer", "answer in its voice"):
         answers.add_column(name)
-    for row in found["answers"]:
+    for row in inspection["answers"]:
         answers.add_row(row["question"], row["original_answer"] or "", row["answer"])
     return Group(scores, answers)

@@ -93,13 +93,13 @@ class Sensitivity:
         """(persona, scores float32 [Q]) for each persona of a tile, in order; what is wrong with a persona in place of
         its scores. A score is NaN where the question was left out: its prompt is too long, or cannot be rendered."""
         prompts: dict[str, _Prompt] = {}
-        found: dict[str, Tensor | PersonaError] = {}
+        scores_by_id: dict[str, Tensor | PersonaError] = {}
         for persona in personas:
             try:
                 prompts[persona.id] = _Prompt(self, persona)
-                found[persona.id] = torch.zeros(len(self._questions))
+                scores_by_id[persona.id] = torch.zeros(len(self._questions))
             except PersonaError as error:
-                found[persona.id] = error
+                scores_by_id[persona.id] = error
         world = self.runner.backbone.world
         for chunk in self.chunks:
             # Every rank takes part in every pass, also where the chunk has no question left for it.
@@ -113,7 +113,7 @@ class Sensitivity:
                     else:
                         others.append(unit)
                 others = others[: self.count]
-                scores = found[prompt.persona.id]
+                scores = scores_by_id[prompt.persona.id]
                 assert isinstance(scores, Tensor)
                 if own_LQD is None:
                     own_LQD = prompt.unit_states(own_part or chunk[:1])
@@ -121,11 +121,13 @@ class Sensitivity:
                 scores[own_part] = (1 - cosine_Q / len(others)).float().cpu()[: len(own_part)]
                 activity.count(activity.SCORING, done=len(own_part))
         for prompt in prompts.values():
-            scores = found[prompt.persona.id]
+            scores = scores_by_id[prompt.persona.id]
             assert isinstance(scores, Tensor)
-            found[prompt.persona.id] = self.runner.backbone.all_reduce(scores.to(self.runner.backbone.device)).cpu()
+            scores_by_id[prompt.persona.id] = self.runner.backbone.all_reduce(
+                scores.to(self.runner.backbone.device)
+            ).cpu()
         for persona in personas:
-            yield persona, self._checked(found[persona.id], prompts.get(persona.id))
+            yield persona, self._checked(scores_by_id[persona.id], prompts.get(persona.id))
 
     def _checked(self, scores: Tensor | PersonaError, prompt: "_Prompt | None") -> Tensor | PersonaError:
         if isinstance(scores, PersonaError) or prompt is None:

@@ -203,16 +203,16 @@ class SlotDecoder:
         draws_B = torch.stack([row.prompt.draws_T[len(row.tokens)] for row in rows]).to(logits_BV.device)
         for row, token in zip(rows, choose(logits_BV, draws_B, self._sampling).tolist(), strict=True):
             row.tokens.append(token)
-        for place in range(len(self._active) - 1, -1, -1):
-            row = self._active[place]
+        for slot in range(len(self._active) - 1, -1, -1):
+            row = self._active[slot]
             if row.tokens[-1] != self._sampling.end and len(row.tokens) < len(row.prompt.draws_T):
                 continue
             self._sampled[row.number] = cut_at_end(row.tokens, self._sampling.end)
             last = self._active.pop()
             if last is not row:
-                self._active[place] = last
+                self._active[slot] = last
                 for layer in self._layers:
-                    layer.keys[place], layer.values[place] = (
+                    layer.keys[slot], layer.values[slot] = (
                         layer.keys[len(self._active)],
                         layer.values[len(self._active)],
                     )
