@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from persona_pruner.config.learning import HalvingConfig, LearningConfig, ObjectiveConfig, StoppersConfig
-from persona_pruner.config.section import Count, Hashed, HashedContent, NonNegative, Positive, Section
+from persona_pruner.config.section import Count, Hashed, HashedContent, NonNegative, PoolBounds, Positive, Section
 from persona_pruner.config.synthesis import (
     ActorsConfig,
     EnginesConfig,
@@ -98,7 +98,7 @@ class PromptConfig(Section):
         return self
 
 
-class GroupsConfig(Section):
+class GroupsConfig(PoolBounds):
     min: Count = 1
     """Shard groups kept while there is work."""
     max: Count = 1
@@ -115,12 +115,6 @@ class GroupsConfig(Section):
     """A group beyond `min` without work for this long is given back."""
     timeout_seconds: Positive = 600.0
     """A collective or the set-up of a group that takes longer counts as a lost group."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "GroupsConfig":
-        if self.max < self.min:
-            raise ValueError(f"max = {self.max} is below min = {self.min}")
-        return self
 
 
 class SchedulerConfig(Section):

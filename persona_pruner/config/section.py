@@ -6,9 +6,9 @@ files whose content does. What is not marked (resources, limits, places) never f
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
 
@@ -35,6 +35,19 @@ HashedContent = Annotated[T, _ContentMark()]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class PoolBounds(Section):
+    """A number of actors between `min` and `max`."""
+
+    min: Count = 1
+    max: Count = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"max = {self.max} is below min = {self.min}")
+        return self
 
 
 def hashed_settings(section: Section) -> dict[str, Any]:

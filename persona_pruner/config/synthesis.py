@@ -2,9 +2,18 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from persona_pruner.config.section import Count, Fraction, Hashed, HashedContent, NonNegative, Positive, Section
+from persona_pruner.config.section import (
+    Count,
+    Fraction,
+    Hashed,
+    HashedContent,
+    NonNegative,
+    PoolBounds,
+    Positive,
+    Section,
+)
 
 
 class SourceConfig(Section):
@@ -44,7 +53,7 @@ class SelectConfig(Section):
     """Skip a question whose word overlap (Jaccard) with one already taken is above this; null is off."""
 
 
-class EnginesConfig(Section):
+class EnginesConfig(PoolBounds):
     min: Count = 1
     """Engines at least."""
     max: Count = 1
@@ -107,7 +116,7 @@ class FilterConfig(Section):
     """Fewer usable answers than this is an error of that persona."""
 
 
-class ActorsConfig(Section):
+class ActorsConfig(PoolBounds):
     min: Count = 1
     """Backbones in the Ray Data pipeline, at least."""
     max: Count = 1
@@ -120,12 +129,6 @@ class ActorsConfig(Section):
     """Ray GPUs per actor (fractions allowed)."""
     cpu_threads: Hashed[Count] = 1
     """Threads of one actor's arithmetic; part of what makes scores reproducible."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "ActorsConfig":
-        if self.max < self.min:
-            raise ValueError(f"max = {self.max} is below min = {self.min}")
-        return self
 
 
 class SynthesisConfig(Section):

@@ -3,6 +3,7 @@ from pydantic import ValidationError
 
 from persona_pruner.config.synthesis import (
     ActorsConfig,
+    EnginesConfig,
     FilterConfig,
     RewriteConfig,
     SelectConfig,
@@ -15,6 +16,7 @@ from persona_pruner.config.synthesis import (
     ("section", "settings", "told"),
     [
         (ActorsConfig, {"min": 2, "max": 1}, "max = 1 is below min = 2"),
+        (EnginesConfig, {"min": 3, "max": 1}, "max = 1 is below min = 3"),
         (SelectConfig, {"method": "best"}, "'top_k', 'threshold', 'quantile' or 'random'"),
         (SelectConfig, {"quantile": 1.0}, "less than 1"),
         (SelectConfig, {"diversity": 1.5}, "less than or equal to 1"),
