@@ -72,6 +72,7 @@ def _start_weed(weed: str, directory: Path) -> tuple[dict[str, str], subprocess.
         process = subprocess.Popen(
             [weed, "server", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3",
              f"-s3.config={directory}/s3.json", *words], stdout=log, stderr=log,
+            env=os.environ | {"WEED_S3_SSE_KEY": uuid.uuid4().hex},  # else server-side encryption fails
         )  # fmt: skip
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
