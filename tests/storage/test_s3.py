@@ -4,8 +4,8 @@ import contextlib
 import http.server
 import json
 import os
-import ssl
 import re
+import ssl
 import subprocess
 import sys
 import threading

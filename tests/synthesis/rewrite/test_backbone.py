@@ -1,5 +1,7 @@
 """The backbone answers in its own distribution under the persona's prompt."""
 
+import re
+
 import pytest
 import tiny_models
 import torch
@@ -38,7 +40,7 @@ def test_answers_are_the_models_own_greedy_continuation_at_temperature_0(tmp_pat
                 out.append(backbone.model(torch.tensor([ids + out])).logits[0, -1].argmax().item())
         assert answer.finished is (out[-1] == end)
         expected = backbone.tokenizer.decode([token for token in out if token != end], skip_special_tokens=True)
-        assert answer.text == (expected if answer.finished else expected.rstrip("\ufffd")).strip()
+        assert answer.text == (expected if answer.finished else re.sub(r"[\ufffd\s]+$", "", expected)).strip()
 
 
 def test_an_answer_depends_on_its_question_sample_and_persona_only(tmp_path):
