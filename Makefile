@@ -15,7 +15,7 @@ BACKBONE ?= manifests/quickstart/backbone
 export RAY_AUTH_MODE ?= disabled
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
 
-.PHONY: help quickstart smollm2 test serve test-serving wheel lint faults bench clean
+.PHONY: help quickstart smollm2 test test-slow serve test-serving wheel lint faults bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show these targets
@@ -65,6 +65,9 @@ test-serving: $(SERVING_READY) ## Tests in a real vLLM engine
 wheel: $(READY) ## Build the wheel into dist/ and try it in an empty environment and directory
 	$(BIN)/python -m pytest -q -m wheel tests/test_wheel.py
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+test-slow: $(READY) ## The tests that make test leaves out for their length, without faults and vLLM
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -78,6 +78,7 @@ def test_two_shards_that_score_and_answer_give_the_same_data_also_when_one_is_ki
         assert one == two
 
 
+@pytest.mark.fault
 def test_driver_killed_then_stopped_by_sigterm_within_20_seconds_then_submitted_again(undisturbed, tmp_path, cost):
     output = tmp_path / "out"
     with cost("SIGKILL of the driver with its Ray, then SIGTERM", whole=True):
@@ -110,6 +111,7 @@ def test_second_job_on_one_output_is_told_who_works_there(undisturbed, tmp_path)
     runs.kill_tree(job)
 
 
+@pytest.mark.fault
 def test_poisoned_personas_end_in_errors_and_the_rest_end_well(undisturbed, tmp_path):
     import json
 

@@ -65,6 +65,7 @@ def submit(head, words, env=None):
     )  # fmt: skip
 
 
+@pytest.mark.fault
 def test_submitted_job_with_s3_output_gives_the_same_masks_bit_for_bit(
     head, real_s3, undisturbed, tmp_path, monkeypatch
 ):

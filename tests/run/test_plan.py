@@ -80,6 +80,7 @@ def test_a_mask_of_other_settings_or_with_a_broken_byte_is_made_again(tmp_path, 
     assert ids(make_plan(Manifest("m", people, ()), storage, identity).done) == ["p1"]
 
 
+@pytest.mark.slow
 def test_ten_thousand_masks_are_found_again_in_little_memory(tmp_path, identity):
     """Figures of the machine are in the benchmark; here: all are found, and in under 500 MB."""
     storage = open_storage(tmp_path / "out")

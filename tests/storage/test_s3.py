@@ -209,6 +209,7 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("server", "wrong", "said"),
     [("real_s3", *fault) for fault in CLIENT_FAULTS + REFUSALS] + [("ceph_s3", *fault) for fault in REFUSALS],

@@ -73,6 +73,7 @@ def requests(persona, count=100):
     return [Request(persona, question, 0) for question in QUESTIONS[:count]]
 
 
+@pytest.mark.slow
 def test_500_answers_come_through_faults_and_each_is_paid_for_once(proxy, tmp_path):
     proxy.plan(*(faults.RATE, faults.LOST, faults.CUT) * 3, faults.HANG, share=0.3)
 
