@@ -16,7 +16,7 @@ class ObjectiveConfig(Section):
     distillation: Hashed[NonNegative] = 1.0
     """Weight of KL(unpruned || masked) on answer tokens, under the same persona."""
     top_logits: Hashed[Count | None] = None
-    """Keep only this many of the unpruned model's logits a token as targets (the rest as one bucket); null keeps
+    """Keep only this many of the unpruned model's logits per token (the rest as one bucket); null keeps
     all."""
     logits_chunk: Hashed[Count] = 1024
     """Answer positions whose logits exist at once (memory: chunk x vocabulary)."""

@@ -1,4 +1,4 @@
-"""One Parquet file a persona: what it was asked, what it answered, why that question, and what it is used for."""
+"""One Parquet file per persona: what it was asked, what it answered, why that question, and what it is used for."""
 
 import io
 from collections import Counter
