@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from persona_pruner import activity
+from persona_pruner.backbone.continuous import SlotDecoder
+from persona_pruner.backbone.decoding import Decoder, PaddedDecoder, Prompt, Sampled, Sampling
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.backbone.prompts import answer_tokens, persona_prefix, question_suffix
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.learning.encoding import seeded
 from persona_pruner.synthesis.rewrite.base import Answer, Request
-from persona_pruner.synthesis.rewrite.continuous import SlotDecoder
-from persona_pruner.synthesis.rewrite.decoding import Decoder, PaddedDecoder, Prompt, Sampled, Sampling
 
 _BROKEN_END = re.compile(r"[\ufffd\s]+$")
 """A cut can leave the last character without its last bytes."""

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from decoding_examples import FAMILIES, plain_samples, prompts, random_model, sampling
+from decoding_examples import FAMILIES, plain_samples, prompts, random_model, sampling, under_three_masks
 
+from persona_pruner.backbone.continuous import SlotDecoder
 from persona_pruner.backbone.forward import BackboneRunner
-from persona_pruner.synthesis.rewrite.continuous import SlotDecoder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -17,6 +17,17 @@ def test_rows_of_every_length_and_two_personas_sample_as_the_plain_model(tmp_pat
         sampled = SlotDecoder(runner, sampling(batch_size=3)).decode(asked)
     assert SlotDecoder.supports(runner)
     assert [each.tokens for each in sampled] == plain_samples(backbone, asked)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_rows_of_one_batch_sample_each_under_its_own_mask(tmp_path, family):
+    backbone = random_model(tmp_path, family)
+    masks_MLI, asked = under_three_masks(prompts(rows=9, personas=2, ragged=True))
+    with BackboneRunner(backbone) as runner:
+        sampled = SlotDecoder(runner, sampling(batch_size=4), masks_MLI).decode(asked)
+    expected = plain_samples(backbone, asked, masks_MLI)
+    assert [each.tokens for each in sampled] == expected
+    assert expected != plain_samples(backbone, asked)
 
 
 def test_the_batch_size_does_not_change_the_samples(tmp_path):

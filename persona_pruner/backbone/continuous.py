@@ -1,6 +1,6 @@
 """Continuous batching: the next prompt takes the place of a row that has ended, behind its persona's shared prefix.
 
-Shape suffixes: B rows, T tokens, S places of the cache, D model width, V vocabulary.
+Shape suffixes: B rows, T tokens, S places of the cache, D model width, V vocabulary, M masks, L layers, I channels.
 """
 
 from collections import deque
@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from persona_pruner.backbone.decoding import Prompt, Sampled, Sampling, choose, cut_at_end, empty_cache, masks_of_rows
 from persona_pruner.backbone.forward import BackboneRunner, PrefixCache, pad_rows
-from persona_pruner.synthesis.rewrite.decoding import Prompt, Sampled, Sampling, choose, cut_at_end, empty_cache
 
 
 class _SlotLayer(DynamicLayer):
@@ -72,6 +72,15 @@ class _Row:
     length: int
     tokens: list[int] = field(default_factory=list)
 
+    @property
+    def prefix(self) -> tuple[tuple[int, ...], int]:
+        return prefix_of(self.prompt)
+
+
+def prefix_of(prompt: Prompt) -> tuple[tuple[int, ...], int]:
+    """What rows share: the tokens of the prefix and the mask that they are run under."""
+    return prompt.prefix, prompt.mask
+
 
 class SlotDecoder:
     """Continuous batching. Exact where `supports` says so: masks of each row are built from its own positions.
@@ -79,8 +88,9 @@ class SlotDecoder:
     Passes depend on the prompts and their order only, not on anything that ran before.
     """
 
-    def __init__(self, runner: BackboneRunner, sampling: Sampling) -> None:
-        self._runner, self._sampling = runner, sampling
+    def __init__(self, runner: BackboneRunner, sampling: Sampling, masks_MLI: Tensor | None = None) -> None:
+        """masks_MLI: bool or floating [M, L, I]; without them the runner's own."""
+        self._runner, self._sampling, self._masks_MLI = runner, sampling, masks_MLI
         self._backbone = runner.backbone
         self._windows = [getattr(layer, "sliding_window", None) for layer in empty_cache(runner).layers]
 
@@ -118,22 +128,31 @@ class SlotDecoder:
             else:
                 return [self._sampled[i] for i in range(len(prompts))]
 
-    def _run_prefixes(self, prompts: Sequence[Prompt]) -> dict[tuple[int, ...], PrefixCache]:
-        """Keys and values of every prefix that a rank needs; a prefix without tokens has none."""
-        own = sorted({prompt.prefix for prompt in prompts if prompt.prefix})
-        needed = dict.fromkeys(prefix for of_rank in self._backbone.gather(own) for prefix in of_rank)
-        return {prefix: self._runner.prefix([prefix]) for prefix in needed}
+    def _run_prefixes(self, prompts: Sequence[Prompt]) -> dict[tuple[tuple[int, ...], int], PrefixCache]:
+        """Keys and values of every prefix and mask that a rank needs; a prefix without tokens has none."""
+        own = sorted({prefix_of(prompt) for prompt in prompts if prompt.prefix})
+        needed = dict.fromkeys(each for of_rank in self._backbone.gather(own) for each in of_rank)
+        caches = {}
+        for prefix, mask in needed:
+            self._set_masks([mask])
+            caches[prefix, mask] = self._runner.prefix([prefix])
+        return caches
+
+    def _set_masks(self, numbers: Sequence[int]) -> None:
+        if self._masks_MLI is not None:
+            self._runner.masks.set(masks_of_rows(self._masks_MLI, numbers))
 
     def _prefill(self, waiting: deque[tuple[int, Prompt]], room: int) -> None:
         """Run the next prompts that share a prefix and give them rows of their own."""
         rows: list[_Row] = []
-        while waiting and len(rows) < room and (not rows or waiting[0][1].prefix == rows[0].prompt.prefix):
+        while waiting and len(rows) < room and (not rows or prefix_of(waiting[0][1]) == rows[0].prefix):
             number, prompt = waiting.popleft()
             rows.append(_Row(number, prompt, len(prompt.prefix) + len(prompt.suffix)))
         if not rows:
             self._idle_pass()
             return
-        prefix = self._prefixes.get(rows[0].prompt.prefix)
+        self._set_masks([rows[0].prompt.mask])
+        prefix = self._prefixes.get(rows[0].prefix)
         begin = len(rows[0].prompt.prefix)
         layers = (
             [_PrefillLayer(pair) for pair in prefix.layers] if prefix else [_PrefillLayer(None) for _ in self._windows]
@@ -169,6 +188,7 @@ class SlotDecoder:
             self._idle_pass()
             return
         device = self._backbone.device
+        self._set_masks([row.prompt.mask for row in self._active])
         at_B = torch.tensor([row.length for row in self._active], device=device)
         seen = max(row.length for row in self._active) + 1
         for layer in self._layers:
@@ -219,6 +239,7 @@ class SlotDecoder:
 
     def _idle_pass(self) -> None:
         """Take part in a pass of the other ranks, which gather the same parameters."""
+        self._set_masks([0])
         token_11 = torch.tensor([[self._runner.pad]], device=self._backbone.device)
         self._runner.logits(self._runner.hidden(token_11)[:, 0])
 

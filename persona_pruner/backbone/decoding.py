@@ -1,9 +1,10 @@
-"""Sampling from the backbone with a cache of keys and values, every row by its own random numbers.
+"""Sampling from the backbone with a cache of keys and values, every row by its own random numbers and under its own
+mask.
 
 `PaddedDecoder` runs fixed batches of whole prompts. It serves every architecture, among them those whose cache holds
 more than keys and values; `SlotDecoder` (continuous.py) is faster where it is exact.
 
-Shape suffixes: B rows, T tokens, V vocabulary.
+Shape suffixes: B rows, T tokens, V vocabulary, M masks, L layers, I FFN channels.
 """
 
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ class Prompt:
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
     draws_T: Tensor
+    mask: int = 0
+    """Number of the decoder's mask that it is answered under."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,9 @@ def choose(logits_BV: Tensor, draw_B: Tensor, sampling: Sampling) -> Tensor:
 class PaddedDecoder:
     """Fixed batches of whole left-padded prompts, each until its last row has ended."""
 
-    def __init__(self, runner: BackboneRunner, sampling: Sampling) -> None:
-        self._runner, self._sampling = runner, sampling
+    def __init__(self, runner: BackboneRunner, sampling: Sampling, masks_MLI: Tensor | None = None) -> None:
+        """masks_MLI: bool or floating [M, L, I]; without them the runner's own."""
+        self._runner, self._sampling, self._masks_MLI = runner, sampling, masks_MLI
         self._backbone = runner.backbone
 
     @torch.no_grad()
@@ -98,6 +102,8 @@ class PaddedDecoder:
         positions_BT = (torch.arange(width, device=device) - pads_B[:, None]).clamp(0)
         draws_BT = torch.stack([p.draws_T for p in prompts]) if prompts else torch.zeros(1, steps).double()
         draws_BT = draws_BT.to(device)
+        if self._masks_MLI is not None:
+            self._runner.masks.set(masks_of_rows(self._masks_MLI, [p.mask for p in prompts] or [0]))
         cache = empty_cache(self._runner)
         active_B = torch.full((len(rows),), bool(prompts), device=device)
         chosen: list[Tensor] = []
@@ -114,6 +120,11 @@ class PaddedDecoder:
             tokens_BT, positions_BT = chosen[-1][:, None], positions_BT[:, -1:] + 1
             seen_BT = torch.cat([seen_BT, seen_BT.new_ones(len(rows), 1)], 1)
         return [cut_at_end(ids, sampling.end) for ids in torch.stack(chosen, 1).tolist()[: len(prompts)]]
+
+
+def masks_of_rows(masks_MLI: Tensor, numbers: Sequence[int]) -> Tensor:
+    """Masks [B, L, I] of rows, or [L, I] where they share one."""
+    return masks_MLI[numbers[0]] if len(set(numbers)) == 1 else masks_MLI[list(numbers)]
 
 
 def empty_cache(runner: BackboneRunner) -> DynamicCache:

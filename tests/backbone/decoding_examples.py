@@ -1,12 +1,15 @@
 """Tiny random models of many kinds of attention, prompts behind prefixes longer than their windows, and the oracle:
 every row alone, the whole sequence run again for every token."""
 
+import dataclasses
+
 import torch
 from tiny_models import GATED, VOCABULARY, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from persona_pruner.backbone.channels import ChannelMasks
+from persona_pruner.backbone.decoding import Prompt, Sampling, choose
 from persona_pruner.backbone.load import Backbone, World
-from persona_pruner.synthesis.rewrite.decoding import Prompt, Sampling, choose
 
 WINDOW = 16
 PREFIX = 25
@@ -63,16 +66,26 @@ def sampling(batch_size=4):
     return Sampling(temperature=0.8, top_p=0.95, end=END, batch_size=batch_size)
 
 
-@torch.no_grad()
-def plain_samples(backbone, asked):
-    samples = []
-    for prompt in asked:
-        out = []
-        for draw in prompt.draws_T:
-            logits = backbone.model(torch.tensor([[*prompt.prefix, *prompt.suffix, *out]]), use_cache=False).logits
-            token = choose(logits[:, -1], draw[None], sampling()).item()
-            if token == END:
-                break
-            out.append(token)
-        samples.append(out)
-    return samples
+def under_three_masks(asked):
+    """The prompts under masks 0, 1, 2 in turn (the first keeps everything), in the order of their prefixes."""
+    masks_MLI = torch.rand(3, 3, 64, generator=torch.Generator().manual_seed(2)) > 0.4
+    masks_MLI[0] = True
+    prompts = [dataclasses.replace(prompt, mask=number % 3) for number, prompt in enumerate(asked)]
+    return masks_MLI, sorted(prompts, key=lambda prompt: (prompt.prefix, prompt.mask))
+
+
+def plain_samples(backbone, asked, masks_MLI=None):
+    with ChannelMasks(backbone.model) as masks, torch.no_grad():
+        return [_plain_sample(backbone, prompt, masks, masks_MLI) for prompt in asked]
+
+
+def _plain_sample(backbone, prompt, masks, masks_MLI):
+    masks.set(None if masks_MLI is None else masks_MLI[prompt.mask])
+    out = []
+    for draw in prompt.draws_T:
+        logits = backbone.model(torch.tensor([[*prompt.prefix, *prompt.suffix, *out]]), use_cache=False).logits
+        token = choose(logits[:, -1], draw[None], sampling()).item()
+        if token == END:
+            break
+        out.append(token)
+    return out

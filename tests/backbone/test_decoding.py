@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from decoding_examples import FAMILIES, HYBRID, plain_samples, prompts, random_model, sampling
+from decoding_examples import FAMILIES, HYBRID, plain_samples, prompts, random_model, sampling, under_three_masks
 
+from persona_pruner.backbone.decoding import PaddedDecoder, Sampling, choose
 from persona_pruner.backbone.forward import BackboneRunner
-from persona_pruner.synthesis.rewrite.decoding import PaddedDecoder, Sampling, choose
 
 
 @pytest.mark.parametrize("family", [*HYBRID, *FAMILIES, "opt"])
@@ -15,6 +15,14 @@ def test_padded_rows_sample_as_the_plain_model(tmp_path, family):
     with BackboneRunner(backbone) as runner:
         sampled = PaddedDecoder(runner, sampling(batch_size=3)).decode(asked)
     assert [each.tokens for each in sampled] == plain_samples(backbone, asked)
+
+
+def test_rows_of_one_batch_sample_each_under_its_own_mask(tmp_path):
+    backbone = random_model(tmp_path, "opt")
+    masks_MLI, asked = under_three_masks(prompts(rows=6, personas=2))
+    with BackboneRunner(backbone) as runner:
+        sampled = PaddedDecoder(runner, sampling(batch_size=4), masks_MLI).decode(asked)
+    assert [each.tokens for each in sampled] == plain_samples(backbone, asked, masks_MLI)
 
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
