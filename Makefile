@@ -42,8 +42,9 @@ smollm2: $(READY) ## Masks on a real chat model (SmolLM2-135M, downloaded once);
 	$(BIN)/persona-pruner compare $(OUTPUT) --backbone runs/backbones/SmolLM2-135M-Instruct --persona gran-posy \
 	  --question "I cannot sleep. Any ideas?" --question "What are you afraid of?" --max-tokens 48
 
+# A file's tests share a cluster or a server, so they stay in one process; in the given order, the longest files come first.
 test: lint ## Linters, types and tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # vLLM pins another transformers than ours: an environment of its own. Its torch has no matching torchvision.
 $(SERVING_READY): pyproject.toml constraints-serving.txt

@@ -76,7 +76,7 @@ def with_data_of(undisturbed, to: Path) -> Path:
     return to
 
 
-def wait_for(what, seconds=120):
+def wait_for(what, seconds=300):
     """What `what` gives once it gives something."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

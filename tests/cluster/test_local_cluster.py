@@ -33,7 +33,7 @@ def processes_with(*words):
 
 @pytest.mark.cluster
 @pytest.mark.fault
-@pytest.mark.timeout(580)
+@pytest.mark.timeout(900)
 def test_up_doctor_submit_prometheus_down(tmp_path):
     # Ray gives ports from 10002 to 19999 to its workers.
     port = 20000 + free_port() % 10000

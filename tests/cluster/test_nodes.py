@@ -10,7 +10,7 @@ import cluster_runs as runs
 import pytest
 from ray_nodes import AUTOSCALED_PORT, Nodes, kill_raylet
 
-pytestmark = [pytest.mark.cluster, pytest.mark.fault, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.fault, pytest.mark.timeout(900)]
 
 
 def groups_up(output):

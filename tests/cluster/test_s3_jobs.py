@@ -13,7 +13,7 @@ from s3_server import PROCESSES, new_bucket
 from persona_pruner import MaskStore
 from persona_pruner.storage.open import open_storage
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 @pytest.mark.fault

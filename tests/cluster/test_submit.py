@@ -13,7 +13,7 @@ from s3_server import free_port, new_bucket
 
 from persona_pruner import MaskStore
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 BIN = Path(sys.executable).parent
 
 

@@ -9,7 +9,7 @@ import ray
 from persona_pruner.config.schema import GroupsConfig
 from persona_pruner.scheduling.actor_group import ActorGroup, GroupLostError, bundle_of, wait_any
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 SETTINGS = GroupsConfig(shards=2, num_cpus=0.5)
 
 

@@ -22,7 +22,7 @@ from persona_pruner.synthesis.rewrite.base import Request, RewriteError
 from persona_pruner.synthesis.rewrite.openai import OpenAiRewriter
 from persona_pruner.synthesis.sources import Question, question_id
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 BACKBONE = Path(__file__).parents[3] / "manifests" / "quickstart" / "backbone"
 PERSONAS = [Persona(f"p{n}", f"number {n}, a baker in a small town") for n in range(5)]
 QUESTIONS = [Question(question_id(text), text, "Plain.") for text in (f"What about {n}?" for n in range(100))]
