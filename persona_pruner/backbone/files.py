@@ -2,16 +2,16 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import safe_open
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from persona_pruner.config.schema import BackboneConfig
 from persona_pruner.errors import BackboneError
 from persona_pruner.storage.base import NotFoundError
 from persona_pruner.storage.open import local_copy
+
+if TYPE_CHECKING:
+    # Seconds to import, and a wrong name is told without it.
+    from torch import nn
 
 _FINGERPRINT = "_backbone_fingerprint"
 _WHERE = "give a local directory, an s3:// prefix or a Hugging Face name"
@@ -77,6 +77,9 @@ def fingerprint(path: str | Path) -> str:
 
     Configuration and tokenizer do not enter: they are rewritten by every release of the libraries.
     """
+    import torch
+    from safetensors import safe_open
+
     files = sorted(Path(path).glob("*.safetensors"))
     if not files:
         raise BackboneError(f"{path}: no *.safetensors weights; convert the model to safetensors")
@@ -96,7 +99,7 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def mark_fingerprint(model: nn.Module, value: str) -> None:
+def mark_fingerprint(model: "nn.Module", value: str) -> None:
     """Let a loaded model carry the fingerprint of its files."""
     object.__setattr__(model, _FINGERPRINT, value)
 

@@ -70,8 +70,6 @@ def plan(
     """Say what a submission would do: done, to do, tokens, FLOP and storage. Starts and writes nothing."""
     from persona_pruner.config.load import load_config
     from persona_pruner.manifest import read_manifest
-    from persona_pruner.run.identity import check_run, identify
-    from persona_pruner.run.plan import make_plan
     from persona_pruner.run.preflight import preflight
     from persona_pruner.storage import keys
     from persona_pruner.storage.open import open_storage
@@ -80,8 +78,11 @@ def plan(
     personas = read_manifest(manifest)
     storage = open_storage(output, settings.storage)
     storage.check_readable(keys.MASKS)
-    preflight(settings)
     storage.check_writable()
+    preflight(settings)
+    from persona_pruner.run.identity import check_run, identify
+    from persona_pruner.run.plan import make_plan
+
     identity = identify(settings, personas.personas, storage)
     check_run(storage, identity)
     summary = make_plan(personas, storage, identity).summary()

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from persona_pruner.errors import MaskError
-from persona_pruner.masks.format import Mask
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import NotFoundError, ObjectInfo, Storage
 from persona_pruner.storage.open import read_parquet_columns
@@ -187,6 +186,8 @@ def _read_rows(
 
 
 def _row(storage: Storage, item: ObjectInfo) -> dict[str, Any]:
+    from persona_pruner.masks.format import Mask  # torch takes seconds to import, and most rows are in a part
+
     where = f"{storage.url}/{item.key}"
     mask = Mask.from_bytes(storage.get(item.key), where)
     mask.check(where, persona_id=keys.persona_of_mask(item.key))

@@ -23,7 +23,6 @@ from persona_pruner.run.lease import Lease
 from persona_pruner.run.part import WHOLE, Part
 from persona_pruner.run.phases import ANSWERING, COMPARING, SCORING
 from persona_pruner.run.plan import Plan, make_plan, masked_personas
-from persona_pruner.run.preflight import gpus_of_nodes, preflight
 from persona_pruner.run.progress import ProgressReporter
 from persona_pruner.run.ray_cluster import ray_cluster
 from persona_pruner.run.stop import Stop, StoppedError
@@ -61,13 +60,12 @@ class JobRequest:
 
 
 def run_job(request: JobRequest, progress: ProgressReporter) -> int:
-    """Run to the end or to a stop; returns the exit status (errors.py).
+    """Run what has passed the preflight to the end or to a stop; returns the exit status (errors.py).
 
     Raises UserError before anything is started or written where the input is bad, ClusterError, StorageError.
     """
-    progress.begin("checking the input")
+    progress.begin("looking at the output")
     config, storage = request.config, open_storage(request.output, request.config.storage)
-    preflight(config, synthesis=request.synthesis, nodes=gpus_of_nodes(config))
     identity = identify(config, request.manifest.personas, storage)
     check(config, storage, identity)
     plan = make_plan(Manifest(request.manifest.source, request.personas), storage, identity)
@@ -96,7 +94,6 @@ def run_job(request: JobRequest, progress: ProgressReporter) -> int:
 
 def check(config: RunConfig, storage: Storage, identity: Identity) -> None:
     """Raise UserError where this job could not be done. Leaves nothing behind."""
-    storage.check_writable()
     check_run(storage, identity)
     if config.evaluation.enabled:
         table.read_conversations(config)

@@ -33,12 +33,17 @@ def run(command: Command) -> int:
     part = WHOLE if command.part is None else Part.parse(command.part)
     settings = load_config(command.config, command.overrides)
     with ProgressReporter(Console()) as progress:
-        progress.begin("loading libraries")
+        progress.begin("checking the input")
         from persona_pruner.manifest import Manifest, read_manifest
+        from persona_pruner.run.preflight import gpus_of_nodes, preflight
+        from persona_pruner.storage.open import open_storage
 
         manifest = read_manifest(command.manifest)
         if command.limit is not None:
             manifest = Manifest(manifest.source, manifest.personas[: command.limit], manifest.warnings)
+        open_storage(command.output, settings.storage).check_writable()
+        preflight(settings, synthesis=command.synthesis, nodes=gpus_of_nodes(settings))
+        progress.begin("loading libraries")  # Ray and DeepSpeed: whoever is refused has not waited for them
         from persona_pruner.run.job import JobRequest, run_job
 
         request = JobRequest(

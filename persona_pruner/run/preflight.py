@@ -32,12 +32,13 @@ def preflight(config: RunConfig, *, synthesis: bool = True, nodes: NodeGpus | No
     if nodes is not None:
         check_gpus(config, nodes)
     path = resolve(config.backbone, weights=False)
-    check_backbone(config, path)
+    _check_not_quantised(config, path)
     if synthesis:
         from persona_pruner.synthesis.sources import check_columns
 
         for source in config.synthesis.sources:
             check_columns(source)
+    check_backbone(config, path)
 
 
 def preflight_before_submission(config: RunConfig) -> None:
@@ -53,14 +54,12 @@ def preflight_before_submission(config: RunConfig) -> None:
 
 def check_backbone(config: RunConfig, path: Path) -> None:
     """Raise BackboneError where the model in `path` cannot be prompted, masked, or, if that is asked for, exported."""
-    from transformers import AutoTokenizer
-
+    _check_not_quantised(config, path)
+    where = f"backbone.path = {config.backbone.path}"
+    _check_prompts(config, path, where)
     from persona_pruner.backbone.channels import ChannelMasks
     from persona_pruner.backbone.export import export_refusal
-    from persona_pruner.backbone.prompts import answer_tokens, persona_prefix, question_suffix
 
-    where = f"backbone.path = {config.backbone.path}"
-    _check_not_quantised(path, where)
     model_config, model = _without_weights(config, path, where)
     ChannelMasks(model)
     refusal = export_refusal(model_config) if config.backbone.exportable else None
@@ -69,6 +68,13 @@ def check_backbone(config: RunConfig, path: Path) -> None:
             f"{where}: its masks could not be exported: {refusal}; set backbone.exportable to false to make masks that "
             "are only applied to the backbone"
         )
+
+
+def _check_prompts(config: RunConfig, path: Path, where: str) -> None:
+    from transformers import AutoTokenizer
+
+    from persona_pruner.backbone.prompts import answer_tokens, persona_prefix, question_suffix
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.backbone.trust_remote_code)
     except Exception as error:
@@ -81,11 +87,12 @@ def check_backbone(config: RunConfig, path: Path) -> None:
         raise BackboneError(f"{where}: {error}") from None
 
 
-def _check_not_quantised(path: Path, where: str) -> None:
+def _check_not_quantised(config: RunConfig, path: Path) -> None:
     values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     quantisation = values.get("quantization_config") or values.get("text_config", {}).get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else "unknown"
+        where = f"backbone.path = {config.backbone.path}"
         raise BackboneError(f"{where}: quantised checkpoints ({method}) are not supported; take the original")
 
 
