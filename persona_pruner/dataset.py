@@ -2,16 +2,20 @@
 question, and what it is used for."""
 
 import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.errors import PersonaError
+from persona_pruner.errors import ConfigError, PersonaError
 from persona_pruner.manifest import Persona
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import NotFoundError, Storage
-from persona_pruner.storage.open import read_parquet
+from persona_pruner.storage.open import read_parquet, read_url
+
+EXAMPLE_ROWS = Path(__file__).parent / "example" / "instructions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ USABLE = "ok"
 """Value of the column `filter` of an answer without fault."""
 CUT_OFF = "cut_off"
 """The same where the only fault is that the answer was cut off at the token limit."""
+GENERIC_COLUMNS = (("question", "instruction"), ("answer", "output"))
 NOT_SELECTED = "not_selected"
 """The same of a question that was scored and neither selected nor answered."""
 
@@ -109,3 +114,29 @@ def read_persona_data(storage: Storage, persona: Persona, *, unfinished: bool = 
     return PersonaData(
         persona.id, persona.description, tuple(splits["train"]), tuple(splits["heldout"]), digest.hexdigest()
     )
+
+
+def read_generic_rows(path: str | None) -> tuple[Row, ...]:
+    """Rows of text without a persona, from JSON Lines; the shipped example's where `path` is None.
+
+    Raises ConfigError with file and line.
+    """
+    where = str(path or EXAMPLE_ROWS)
+    rows = []
+    try:
+        lines = read_url(where).decode("utf-8").splitlines()
+    except (NotFoundError, UnicodeDecodeError) as error:
+        raise ConfigError(f"learning.objective.generic_rows = {where!r}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+            question, answer = (str(value[a] if a in value else value[b]) for a, b in GENERIC_COLUMNS)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{where}:{number}: no row of question and answer, or instruction and output: {error}"
+            ) from None
+        if question and answer:
+            rows.append(Row(question, answer))
+    if not rows:
+        raise ConfigError(f"learning.objective.generic_rows = {where!r}: has no row with a question and an answer")
+    return tuple(rows)

@@ -5,9 +5,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from persona_pruner.config.section import Count, Fraction, Hashed, HashedWhere, NonNegative, Positive, Section
+from persona_pruner.config.section import (
+    Count,
+    Fraction,
+    Hashed,
+    HashedContent,
+    HashedWhere,
+    NonNegative,
+    Positive,
+    Section,
+)
 
 POOLED_INITS = ("zeros", "magnitude", "activation", "fisher")
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class ObjectiveConfig(Section):
@@ -15,6 +25,15 @@ class ObjectiveConfig(Section):
     """Weight of the cross-entropy on answer tokens (the paper's objective is this one at 1)."""
     distillation: Hashed[NonNegative] = 1.0
     """Weight of KL(unpruned || masked) on answer tokens, under the same persona."""
+    persona_tokens: Annotated[NonNegative, HashedWhere(lambda objective: objective.persona_tokens > 0)] = 0.0
+    """How much more the tokens weigh that the description decides: each by 1 + this * (what it changes about the
+    token's log-probability under the unpruned model / its mean over the rows). 0 weighs all tokens alike."""
+    generic: Annotated[Share, HashedWhere(lambda objective: objective.generic > 0)] = 0.0
+    """Share of the loss, and of a step's rows, that is generic text behind a prompt without a persona: keeps general
+    language from being pruned away."""
+    generic_rows: HashedContent[str | None] = None
+    """JSON Lines of question and answer (or instruction and output) with that text, from which the comparison's
+    baseline is made too; null takes the shipped example's instructions."""
     top_logits: Hashed[Count | None] = None
     """Keep only this many of the unpruned model's logits per token (the rest as one bucket); null keeps
     all."""
@@ -86,7 +105,7 @@ class LearningConfig(Section):
     """Rate over the steps; linear and cosine go down to 0."""
     average: Hashed[Annotated[float, Field(ge=0, le=1)]] = 0.5
     """Share of the steps, counted from the end, over which the scores are averaged for the mask; 0 takes the last."""
-    core: Hashed[Annotated[float, Field(ge=0, lt=1)]] = 0.0
+    core: Hashed[Share] = 0.0
     """Share of a mask's kept channels that is the pooled mask's best and the same for all personas; only the rest is
     personal. 0 is off."""
     pooled_personas: Annotated[Count, HashedWhere(lambda learning: learning.needs_pooled_mask)] = 16
@@ -124,11 +143,17 @@ class LearningConfig(Section):
     def needs_pooled_mask(self) -> bool:
         return self.init == "pooled" or self.core > 0 or self.budget == "profile"
 
+    @property
+    def generic_rows_per_step(self) -> int:
+        """Rows of generic text in a step, of its `rows_per_step`."""
+        share = self.objective.generic
+        return min(max(round(share * self.rows_per_step), 1), self.rows_per_step - 1) if share else 0
+
     def steps_for(self, rows: int) -> int:
         """The step budget of a persona with so many rows to train on."""
         if self.passes is None:
             return self.steps
-        return max(math.ceil(self.passes * rows / min(rows, self.rows_per_step)), 1)
+        return max(math.ceil(self.passes * rows / min(rows, self.rows_per_step - self.generic_rows_per_step)), 1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "LearningConfig":
@@ -141,6 +166,8 @@ class LearningConfig(Section):
                 f"optimizer = value needs estimator = ste and init = fisher or pooled, "
                 f"not {self.estimator} and {self.init}"
             )
+        if self.objective.generic and self.rows_per_step == 1:
+            raise ValueError(f"objective.generic = {self.objective.generic} needs rows_per_step above 1")
         if self.core > 0 and self.estimator == "soft_topk":
             raise ValueError(f"core = {self.core} needs the estimator ste or gumbel")
         if self.pooled_init not in POOLED_INITS:

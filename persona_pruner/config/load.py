@@ -116,6 +116,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 _PATH_KEYS = (
     ("backbone", "path"),
     ("synthesis", "references", "path"),
+    ("learning", "objective", "generic_rows"),
     ("evaluation", "conversations"),
     ("evaluation", "questions"),
 )

@@ -9,28 +9,37 @@ Shape suffixes: L layers, I FFN channels.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 from torch import Tensor
 
+from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData, Row, read_persona_data, uses_unfinished_answers
 from persona_pruner.errors import ConfigError
-from persona_pruner.evaluation.likelihood import heldout_loss
+from persona_pruner.evaluation.likelihood import heldout_losses
+from persona_pruner.learning.batches import MicroBatchConfig, examples_by_prefix
 from persona_pruner.learning.estimators import topk_mask
-from persona_pruner.learning.training_free import magnitude, random
+from persona_pruner.learning.persona_tokens import generic_data
+from persona_pruner.learning.training_free import activation_scores, random
 from persona_pruner.manifest import Persona
 from persona_pruner.masks.format import Mask
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import NotFoundError, Storage
 from persona_pruner.storage.open import read_url
 
-METHODS = ("unpruned", "own", "other", "global", "magnitude", "random")
+METHODS = ("unpruned", "own", "other", "global", "activation", "random")
+"""`activation` ranks the channels of each layer by what they do on generic text, without training."""
 TEXTS = ("answers", "conversations")
+PERSONA_TOKENS = ", persona tokens"
+"""Behind a kind of text: the losses over the tenth of its tokens that the description decides."""
+RIVALS = ("global", "other")
 HEADINGS = {
     "answers": "held-out questions answered in its voice (nats per token)",
     "conversations": "its own conversations, which the backbone did not write (nats per token)",
@@ -48,28 +57,35 @@ class EvaluationTask:
 
     def digest(self) -> str:
         """sha256 of everything that decides the figures."""
-        parts = [self.persona_id, self.description]
+        parts = [*METHODS, self.persona_id, self.description]
         parts += [f"{name}:{hashlib.sha256(data).hexdigest()}" for name, data in sorted(self.masks.items())]
         parts += [f"{kind}:{row.question}\0{row.answer}" for kind in TEXTS for row in self.texts.get(kind, ())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def evaluate_persona(backbone: Backbone, config: RunConfig, task: EvaluationTask) -> dict[str, dict[str, float]]:
-    """Loss by text and method. Every rank of a shard group calls it."""
+def generic_activation(backbone: Backbone, config: RunConfig) -> Tensor:
+    """Scores [L, I] of the channels on generic text: the published style of pruning without training."""
+    ((prefix, examples),) = examples_by_prefix(generic_data(backbone, config))
+    with BackboneRunner(backbone) as runner:
+        return activation_scores(runner, prefix, examples, MicroBatchConfig.of(config, backbone.device))
+
+
+def evaluate_persona(
+    backbone: Backbone, config: RunConfig, task: EvaluationTask, generic_LI: Tensor
+) -> dict[str, dict[str, float]]:
+    """Loss by text and method, over all tokens and over the persona's. Every rank of a shard group calls it."""
     masks = {name: Mask.from_bytes(data, f"{name} mask of {task.persona_id}") for name, data in task.masks.items()}
     kept = masks["own"].keep_LI.sum(1)
     keeps_LI: dict[str, Tensor | None] = {"unpruned": None, **{name: mask.keep_LI for name, mask in masks.items()}}
-    keeps_LI["magnitude"] = topk_mask(magnitude(backbone), kept)
+    keeps_LI["activation"] = topk_mask(generic_LI, int(kept.sum()) // len(kept))
     keeps_LI["random"] = topk_mask(random(backbone, config.learning.seed), kept)
-    return {
-        text: {
-            name: heldout_loss(backbone, config, task.description, rows, keeps_LI[name])
-            for name in METHODS
-            if name in keeps_LI
-        }
-        for text, rows in task.texts.items()
-        if rows
-    }
+    ordered = {name: keeps_LI[name] for name in METHODS if name in keeps_LI}
+    losses: dict[str, dict[str, float]] = {}
+    for text, rows in task.texts.items():
+        if rows:
+            every, persona = heldout_losses(backbone, config, task.description, rows, ordered)
+            losses |= {text: every, text + PERSONA_TOKENS: persona}
+    return losses
 
 
 def read_conversations(config: RunConfig) -> dict[str, tuple[Row, ...]]:
@@ -145,7 +161,8 @@ def render(results: Mapping[str, Mapping[str, Mapping[str, float]]], ratio: Any)
         means = mean(results, text)
         if not means:
             continue
-        table = Table(title=f"Loss on {HEADINGS[text]}, ratio {ratio}", title_justify="left")
+        title = f"Loss on {HEADINGS[text]}, ratio {ratio}"
+        table = Table(title=title, title_justify="left", caption_justify="left")
         table.add_column("persona")
         for name in means:
             table.add_column(name, justify="right")
@@ -154,8 +171,32 @@ def render(results: Mapping[str, Mapping[str, Mapping[str, float]]], ratio: Any)
                 table.add_row(persona_id, *_cells(losses[text]))
         table.add_section()
         table.add_row("mean", *_cells(means))
+        if decided := mean(results, text + PERSONA_TOKENS):
+            table.add_row("mean, persona tokens", *_cells(decided))
+        table.caption = "\n".join(_differences(results, text))
         tables.append(table)
     return tables
+
+
+def differences(
+    results: Mapping[str, Mapping[str, Mapping[str, float]]], text: str, rival: str
+) -> tuple[float, float, int, int]:
+    """By how much own masks beat the rival's, paired over the personas that have this text: mean, its standard error
+    (NaN for one persona), for how many, of how many."""
+    gains = [losses[text][rival] - losses[text]["own"] for losses in results.values() if rival in losses.get(text, {})]
+    error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+    return statistics.mean(gains) if gains else math.nan, error, sum(gain > 0 for gain in gains), len(gains)
+
+
+def _differences(results: Mapping[str, Mapping[str, Mapping[str, float]]], text: str) -> Iterator[str]:
+    for rival, name in zip(RIVALS, ("the global mask", "another persona's mask"), strict=True):
+        said = []
+        for tokens in ("", PERSONA_TOKENS):
+            gain, error, better, count = differences(results, text + tokens, rival)
+            if count:
+                said.append(f"{gain:+.3f} ± {error:.3f} (better for {better} of {count}){tokens}")
+        if said:
+            yield f"own mask against {name}: {'; '.join(said)}"
 
 
 def _cells(losses: Mapping[str, float]) -> list[str]:

@@ -41,6 +41,8 @@ class TrainingExample:
     row: EncodedRow
     weight: float
     """Weight of each answer token in the loss: 1 / answer tokens of the persona in this step; 0 for a filler."""
+    token_weights: tuple[float, ...] | None = None
+    """Factors of `weight`, one for each answer token, where tokens do not weigh alike."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def _micro_batch(
         positions += range(number * width + first - 1, number * width + len(ids) - 1)
         targets += ids[first:]
         slots += [example.slot] * example.row.answer
-        weights += [example.weight] * example.row.answer
+        weights += [example.weight * factor for factor in example.token_weights or [1.0] * example.row.answer]
     return MicroBatch(
         tuple(examples),
         torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in tokens]),

@@ -22,6 +22,10 @@ class PersonaTraining:
     candidates: list[MaskCandidate]
     unpruned_loss: float | None
     """Held-out loss of the unpruned backbone, nats per token; None without held-out rows."""
+    token_weights: list[tuple[float, ...]] | None = None
+    """Per training row, where tokens do not weigh alike."""
+    generic: EncodedData | None = None
+    """Text without a persona that has a share in every step."""
     saved_step: int = 0
     saved_time: float = field(default_factory=time.monotonic)
 
@@ -40,19 +44,33 @@ class PersonaTraining:
     def examples(
         self, candidate: MaskCandidate, first_slot: int
     ) -> Iterator[tuple[tuple[int, ...], list[TrainingExample]]]:
-        """The rows of a candidate's next step by the prefix they stand behind, in slots from `first_slot`."""
-        rows, config = self.encoded.train, candidate.config
-        numbers = batch(len(rows), config.rows_per_step, candidate.step, config.seed, self.encoded.sha256)
-        tokens = sum(rows[n].answer for n in numbers)
-        for slot, prefix in enumerate(sorted({rows[n].prefix for n in numbers}), first_slot):
-            yield (
-                self.encoded.prefixes[prefix],
-                [
-                    TrainingExample(slot, (self.persona_id, n), rows[n], 1 / tokens)
-                    for n in numbers
-                    if rows[n].prefix == prefix
-                ],
-            )
+        """The rows of a candidate's next step by the prefix they stand behind, in slots from `first_slot`.
+
+        The objective is a mean over their answer tokens; with generic text, the mean of both means by its share.
+        """
+        config = candidate.config
+        generic_rows, share = config.generic_rows_per_step, config.objective.generic
+        for encoded, rows_per_step, part, weights in (
+            (self.encoded, config.rows_per_step - generic_rows, 1 - share, self.token_weights),
+            (self.generic, generic_rows, share, None),
+        ):
+            if encoded is None:
+                continue
+            rows = encoded.train
+            numbers = batch(len(rows), rows_per_step, candidate.step, config.seed, self.encoded.sha256)
+            total = sum(sum(weights[n]) if weights else rows[n].answer for n in numbers)
+            for prefix in sorted({rows[n].prefix for n in numbers}):
+                yield (
+                    encoded.prefixes[prefix],
+                    [
+                        TrainingExample(
+                            first_slot, (encoded.persona_id, n), rows[n], part / total, weights[n] if weights else None
+                        )
+                        for n in numbers
+                        if rows[n].prefix == prefix
+                    ],
+                )
+                first_slot += 1
 
     def out_of_time(self, config: LearningConfig) -> bool:
         limit = config.stoppers.seconds

@@ -27,6 +27,7 @@ from persona_pruner.learning.init_scores import StartingPoints
 from persona_pruner.learning.mask_candidate import MaskCandidate
 from persona_pruner.learning.objective import heldout_cross_entropy, mask_gradient
 from persona_pruner.learning.outcome import MaskOrigin, Progress, TrainingResult, candidate_scores, make_mask
+from persona_pruner.learning.persona_tokens import generic_data, nobody_prefix, token_weights
 from persona_pruner.learning.persona_training import PersonaTraining
 from persona_pruner.learning.stoppers import StopReason
 from persona_pruner.learning.teacher import TeacherCache
@@ -61,6 +62,7 @@ class MaskTrainer:
         self.backbone, self.config, self.learning = backbone, config, config.learning
         self.settings = MicroBatchConfig.of(config, backbone.device)
         self.teacher = TeacherCache(config.learning.objective.top_logits) if self._distils else None
+        self.generic = generic_data(backbone, config) if config.learning.objective.generic else None
         with BackboneRunner(backbone) as runner:
             runner.check_head()
 
@@ -112,6 +114,9 @@ class MaskTrainer:
         results: dict[str, TrainingResult],
     ) -> list[PersonaTraining]:
         live = []
+        if self.generic is not None and self.teacher is not None:
+            for prefix, examples in examples_by_prefix(self.generic):
+                self.teacher.collect(runner, prefix, examples, self.settings)
         for each in data:
             try:
                 live.append(self._begin(runner, each, callbacks))
@@ -135,7 +140,15 @@ class MaskTrainer:
             candidates = self._new_candidates(runner, encoded, callbacks)
         if not all(torch.isfinite(candidate.scores_LI).all() for candidate in candidates):
             raise PersonaError("not_finite", f"{data.persona_id}: the scores it starts from are not finite")
-        return PersonaTraining(data, encoded, candidates, unpruned_loss, candidates[0].step)
+        weights = self._token_weights(runner, encoded)
+        return PersonaTraining(data, encoded, candidates, unpruned_loss, weights, self.generic, candidates[0].step)
+
+    def _token_weights(self, runner: BackboneRunner, encoded: EncodedData) -> list[tuple[float, ...]] | None:
+        strength = self.learning.objective.persona_tokens
+        if strength == 0:
+            return None
+        nobody = nobody_prefix(self.backbone, self.config.prompt)
+        return token_weights(runner, encoded, nobody, strength, self.settings)
 
     def _new_candidates(
         self, runner: BackboneRunner, encoded: EncodedData, callbacks: TrainingCallbacks

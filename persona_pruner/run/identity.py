@@ -11,6 +11,7 @@ from typing import Any
 from persona_pruner.backbone.files import fingerprint, resolve
 from persona_pruner.config.schema import RunConfig, SourceConfig, SynthesisConfig
 from persona_pruner.config.section import hashed_contents, hashed_settings
+from persona_pruner.dataset import read_generic_rows
 from persona_pruner.errors import ConfigError
 from persona_pruner.manifest import Persona, read_manifest
 from persona_pruner.storage import keys
@@ -73,6 +74,8 @@ def identify(config: RunConfig, personas: Sequence[Persona], storage: Storage) -
                 contents[name] = _digest_source(config.synthesis.sources[int(number)])
             case ["evaluation", "questions"]:
                 contents[name] = _digest_directory(config, at)
+            case ["learning", "objective", "generic_rows"]:
+                contents[name] = _sha256(f"{row}".encode() for row in read_generic_rows(at))
             case ["synthesis", "references", "path"]:
                 pass  # its personas are the references
             case _:

@@ -43,7 +43,8 @@ def files_of(submission: Submission, config: RunConfig) -> Iterator[Path]:
     """
     synthesis, evaluation = config.synthesis, config.evaluation
     paths = [submission.manifest, submission.config, config.backbone.path, synthesis.references.path]
-    paths += [evaluation.conversations, evaluation.questions, *(source.path for source in synthesis.sources)]
+    paths += [config.learning.objective.generic_rows, evaluation.conversations, evaluation.questions]
+    paths += [source.path for source in synthesis.sources]
     for path in paths:
         if path and "://" not in path and not Path(path).is_absolute() and Path(path).exists():
             yield Path(path)

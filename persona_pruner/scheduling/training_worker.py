@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -124,7 +125,12 @@ class TrainingWorker:
         return result.status is TrainingStatus.DONE
 
     def evaluate(self, task: Any) -> dict[str, dict[str, float]]:
-        return table.evaluate_persona(self.backbone, self.config, task)
+        return table.evaluate_persona(self.backbone, self.config, task, self.generic_activation)
+
+    @cached_property
+    def generic_activation(self) -> torch.Tensor:
+        """The comparison's baseline, the same for all personas."""
+        return table.generic_activation(self.backbone, self.config)
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:

@@ -15,7 +15,9 @@ BASE = check_config(
         "evaluation": {"questions": "q"},
     }
 )
-PATHS = {"synthesis.sources.0.path", "synthesis.references.path", "evaluation.questions"}
+PATHS = {
+    "synthesis.sources.0.path", "synthesis.references.path", "evaluation.questions", "learning.objective.generic_rows",
+}  # fmt: skip
 # Resources, limits, places, and what is told or kept beside the mask.
 UNMARKED = {
     "backbone.path", "backbone.revision", "backbone.exportable", "synthesis.sources.0.split",

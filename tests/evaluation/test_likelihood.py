@@ -12,7 +12,7 @@ from persona_pruner.backbone.channels import ChannelMasks
 from persona_pruner.backbone.prompts import answer_tokens, persona_prefix, question_suffix
 from persona_pruner.dataset import Row
 from persona_pruner.errors import PersonaError
-from persona_pruner.evaluation.likelihood import heldout_loss
+from persona_pruner.evaluation.likelihood import heldout_loss, heldout_losses
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -41,3 +41,12 @@ def test_no_rows_and_rows_that_are_too_long_are_named(tmp_path):
     with pytest.raises(PersonaError, match=r"row 1 has \d+ tokens .*max_row_tokens is 60") as caught:
         heldout_loss(backbone, config, "Ann", (Row("a", "b"), Row("a", "b" * 80)), None)
     assert caught.value.cause == "row_too_long"
+
+
+def test_losses_of_several_masks_are_those_of_each_alone(tmp_path):
+    backbone, config, data = tiny(tmp_path), tiny_config(), persona_data("Ann")
+    masks = {"unpruned": None, "half": torch.rand(3, 64, generator=torch.Generator().manual_seed(0)) > 0.5}
+    every, persona = heldout_losses(backbone, config, data.description, data.heldout, masks)
+    for name, mask in masks.items():
+        assert every[name] == pytest.approx(heldout_loss(backbone, config, data.description, data.heldout, mask))
+    assert persona["unpruned"] != pytest.approx(every["unpruned"], rel=1e-3)

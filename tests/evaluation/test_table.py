@@ -56,3 +56,16 @@ def test_conversations_are_read_by_persona_and_faults_name_the_row(tmp_path):
     file.write_text('{"persona_id": "ada", "question": "a?", "answer": "b"}\n{"persona_id": "ada"}\n')
     with pytest.raises(ConfigError, match=r"talk\.jsonl:2: .*question"):
         table.read_conversations(config)
+
+
+def test_own_masks_are_paired_with_each_rival_over_the_personas():
+    gains = (0.1, 0.3, -0.1)
+    results = {f"p{n}": {"answers": {"own": 1.0, "global": 1.0 + gain}} for n, gain in enumerate(gains)}
+    results["silent"] = {"conversations": {"own": 1.0, "global": 9.0}}
+    mean, error, better, count = table.differences(results, "answers", "global")
+    assert (mean, error) == (pytest.approx(0.1), pytest.approx(0.2 / 3**0.5))
+    assert (better, count) == (2, 3)
+    results["p0"]["answers, persona tokens"] = {"own": 2.0, "global": 2.5}
+    text = "\n".join(str(one.caption) for one in table.render(results, 0.5))
+    assert "global mask: +0.100 ± 0.115 (better for 2 of 3)" in text
+    assert "+0.500 ± nan (better for 1 of 1), persona tokens" in text

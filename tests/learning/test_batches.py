@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,3 +60,10 @@ def test_an_epoch_sees_every_row_once_in_an_order_of_its_own(rows, size):
     assert len({tuple(epoch) for epoch in epochs}) > 1
     assert steps[5] == batch(rows, size, 5, 0, "data")
     assert [batch(rows, size, s, 1, "data") for s in range(20)] != steps
+
+
+def test_each_token_has_its_own_weight_and_fillers_have_none():
+    examples = [replace(example, token_weights=(0.5, 2.0)) for example in made([4])]
+    for rank, expected in enumerate(([0.05, 0.2], [0.0, 0.0])):
+        (micro_batch,) = plan_micro_batches(examples, None, MicroBatchConfig(ObjectiveConfig()), rank=rank, ranks=2)
+        assert micro_batch.weight_N.tolist() == pytest.approx(expected)

@@ -1,5 +1,6 @@
 import time
 
+import pytest
 import torch
 from tiny_models import persona_data
 
@@ -57,3 +58,21 @@ def test_checkpoints_are_due_after_steps_or_seconds():
     assert not persona.checkpoint_due(config)
     persona.saved_time = time.monotonic() - 61
     assert persona.checkpoint_due(config)
+
+
+def test_generic_text_has_its_share_of_rows_and_of_the_loss():
+    persona, candidate, _ = training(objective={"generic": 0.25})
+    persona.generic = EncodedData("", ((5,),), (EncodedRow((1, 2, 3), 1), EncodedRow((1, 2, 4), 2)), (), "generic")
+    *own, (prefix, examples) = persona.examples(candidate, 0)
+    assert (prefix, [e.slot for e in examples], len(examples)) == ((5,), [len(own)], 1)
+    assert sum(e.weight * e.row.answer for e in examples) == pytest.approx(0.25)
+    assert sum(len(rows) for _, rows in own) == 3
+    assert sum(e.weight * e.row.answer for _, rows in own for e in rows) == pytest.approx(0.75)
+
+
+def test_token_weights_make_the_loss_a_weighted_mean():
+    persona, candidate, _ = training()
+    persona.token_weights = [(0.5, float(n)) for n in range(4)]
+    examples = [e for _, rows in persona.examples(candidate, 0) for e in rows]
+    assert {e.token_weights for e in examples} == set(persona.token_weights)
+    assert sum(e.weight * sum(e.token_weights) for e in examples) == pytest.approx(1)
