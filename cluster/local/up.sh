@@ -39,7 +39,7 @@ start() {
 }
 
 wait_for() {
-  for ((i = 0; i < 240; i++)); do
+  for ((i = 0; i < 600; i++)); do
     ! curl --silent --fail --output /dev/null "$2" || return 0
     kill -0 "$(sed -n "s/^$1 //p" "$state/pids")" 2>/dev/null || break
     sleep 0.5

@@ -67,33 +67,41 @@ class Nodes:
         file.write_text(yaml.safe_dump(settings))
         return file
 
-    def alive(self) -> int:
+    def ids(self) -> set[str]:
         """Nodes that Ray holds to be alive, the head among them."""
         script = f"import ray; ray.init({self.address!r}, log_to_driver=False, logging_level='ERROR'); "
-        script += "print(sum(node['Alive'] for node in ray.nodes()))"
+        script += "print(*(node['NodeID'] for node in ray.nodes() if node['Alive']))"
         done = subprocess.run([sys.executable, "-c", script], env=self.env, capture_output=True, text=True)
-        return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+        return set(done.stdout.split()) if done.returncode == 0 else set()
+
+    def drain(self, node_id: str, seconds: int) -> None:
+        words = ["--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "pod ends"]
+        words += ["--address", self.address, "--deadline-remaining-seconds", str(seconds)]
+        subprocess.run([RAY, "drain-node", *words], env=self.env, check=True, capture_output=True)
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def add(self, cpus: int = 1) -> subprocess.Popen:
-        return self._start(cpus, f"--address={self.address}")
+    def add(self, cpus: int = 1, *words: str, env: dict[str, str] | None = None, mounts: str = "") -> subprocess.Popen:
+        """`mounts` are shell commands that only this node's file systems see; they need root."""
+        return self._start(cpus, f"--address={self.address}", *words, env=env, mounts=mounts)
 
     def job(self, output, *overrides, **options) -> subprocess.Popen:
         env = {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "disabled"}
         return runs.start(output, *overrides, env=env, **options)
 
-    def _start(self, cpus: int, *words: str) -> subprocess.Popen:
+    def _start(self, cpus: int, *words: str, env: dict[str, str] | None = None, mounts: str = "") -> subprocess.Popen:
         directory = self.directory / f"n{len(self.nodes)}"
         directory.mkdir(parents=True)
         command = [
             RAY, "start", "--block", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", f"--temp-dir={directory}",
             f"--dashboard-agent-listen-port={free_port()}", *words,
         ]  # fmt: skip
+        if mounts:
+            command = ["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh", *command]
         with (directory / "log").open("w") as log:
-            node = subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True)
+            node = subprocess.Popen(command, env=self.env | (env or {}), stdout=log, stderr=log, start_new_session=True)
         self.nodes.append(node)
         return node
 

@@ -50,20 +50,46 @@ def test_node_added_is_used_within_30_seconds_and_its_going_does_not_end_the_run
     assert len(runs.masks(output)) == 3
 
 
+def test_persona_of_a_drained_node_goes_on_elsewhere_with_the_same_mask(undisturbed, tmp_path, cost):
+    """As a pod ends: it is drained, has its time, and is killed."""
+    settings = ("learning.steps=150",)
+    calm, output = (runs.with_data_of(undisturbed, tmp_path / name) for name in ("calm", "out"))
+    began = time.monotonic()
+    code, text = runs.run(calm, *settings, personas=1)
+    calm_seconds = time.monotonic() - began
+    assert code == 0, text
+    with Nodes(head_cpus=0) as nodes:
+        head = nodes.ids()
+        first = nodes.add()
+        (first_id,) = runs.wait_for(lambda: nodes.ids() - head)
+        with cost("A node drained, then killed, another node there", calm=calm_seconds):
+            job = nodes.job(output, *settings, personas=1)
+            runs.wait_for(lambda: runs.checkpoints(output))
+            nodes.add()
+            nodes.drain(first_id, seconds=3)
+            time.sleep(3)
+            kill_raylet(first)
+            text, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, text
+    assert "is tried again" in text
+    assert runs.masks(output) == runs.masks(calm)
+    assert runs.checkpoints(output) == []
+
+
 def test_waiting_personas_make_the_autoscaler_add_nodes_and_idle_nodes_go(undisturbed, tmp_path):
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", AUTOSCALED_PORT)) == 0:
             pytest.skip(f"another Ray listens at port {AUTOSCALED_PORT}, the only one that Ray's fake provider knows")
     output = runs.with_data_of(undisturbed, tmp_path / "out")
     with Nodes(head_cpus=0, autoscaled=2) as nodes:
-        assert nodes.alive() == 1
+        assert len(nodes.ids()) == 1
         job = nodes.job(output, "groups.max=3", "groups.num_cpus=1", "learning.steps=60")
         runs.wait_for(lambda: groups_up(output) == 2)
-        assert nodes.alive() == 3
+        assert len(nodes.ids()) == 3
         text, _ = job.communicate(timeout=240)
         assert job.returncode == 0, text
         assert len(runs.masks(output)) == 3
-        runs.wait_for(lambda: nodes.alive() == 1, 60)
+        runs.wait_for(lambda: len(nodes.ids()) == 1, 60)
 
 
 def test_one_shard_of_two_killed(undisturbed, tmp_path, cost):

@@ -47,3 +47,17 @@ def test_an_address_where_nothing_listens_is_told_at_once(environment):
     assert "127.0.0.1:9: no Ray cluster answers" in finding.detail
     assert "check --address" in finding.remedy
     assert "secret" not in str(finding.to_dict())
+
+
+def test_auto_on_a_machine_where_ray_finds_no_node_mock(environment):
+    """Mock: other tests may have a Ray up on this machine."""
+    from ray._private import services
+
+    def none_found(address):
+        raise ConnectionError
+
+    environment.setattr(services, "canonicalize_bootstrap_address", none_found)
+    finding, nodes = ask_cluster("auto", None, None)
+    assert (finding.ok, nodes) == (False, [])
+    assert "auto: no Ray runs on this machine" in finding.detail
+    assert "start a node" in finding.remedy
