@@ -74,7 +74,7 @@ def naive_step(whole: Backbone, mask_LI: Tensor, prefix: list[int], data: list[E
     with ChannelMasks(model) as masks:
         masks.set(mask)
         options = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        loss = model(**{k: v.to(whole.device) for k, v in options.examples()}, use_cache=False).loss
+        loss = model(**{k: v.to(whole.device) for k, v in options.items()}, use_cache=False).loss
         loss.backward()
     assert mask.grad is not None
     return mask.grad, loss.item()

@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import boto3
 import pytest
 import yaml
 from compose_spec import PyOptions
 from packaging.utils import canonicalize_name
+
+from persona_pruner.storage import keys
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -122,3 +125,13 @@ def test_policies_grant_nothing_outside_their_bucket():
             for resource in [resources] if isinstance(resources, str) else resources:
                 assert resource.startswith("arn:aws:s3:::BUCKET"), file.name
             assert "s3:*" not in statement["Action"]
+
+
+def test_lifecycle_rules_are_taken_by_a_server_and_leave_masks_alone(bucket):
+    rules = json.loads((CLUSTER / "bucket-lifecycle.json").read_text().replace("PREFIX", "run"))
+    name, client = bucket.url.split("/")[2], boto3.client("s3")
+    client.put_bucket_lifecycle_configuration(Bucket=name, LifecycleConfiguration=rules)
+    there = client.get_bucket_lifecycle_configuration(Bucket=name)["Rules"]
+    assert {rule["Filter"]["Prefix"]: rule["Expiration"]["Days"] for rule in there if "Expiration" in rule} == {
+        f"run/{keys.CHECKPOINTS}": 30
+    }

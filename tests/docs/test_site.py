@@ -11,7 +11,7 @@ import typer
 from persona_pruner.cli import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_site_builds_with_broken_links_as_errors(tmp_path):
