@@ -79,7 +79,7 @@ faults: $(READY) ## Every fault of the test suite, and the seconds that it costs
 	$(BIN)/python -m pytest -q tests/cluster -m "" --seconds-lost
 
 bench: $(READY) ## Every benchmark; the last line of each is JSON
-	for benchmark in $(filter-out %/persona_text.py,$(wildcard tests/benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+	for benchmark in $(filter-out %/persona_text.py %/rivals.py,$(wildcard tests/benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
 
 clean: ## Remove the environment and all runs
 	rm -rf .venv $(SERVING) runs

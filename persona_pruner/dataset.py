@@ -35,6 +35,8 @@ class PersonaData:
     train: tuple[Row, ...]
     heldout: tuple[Row, ...]
     sha256: str
+    opposite: "PersonaData | None" = None
+    """Of the opposed persona, for the methods that contrast two."""
 
 
 SCHEMA = pa.schema(

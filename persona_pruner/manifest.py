@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,7 +20,7 @@ from persona_pruner.storage.open import read_parquet, read_url
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 ID_RULE = "1 to 128 of A-Z a-z 0-9 . _ -, beginning with a letter or digit"
 MAX_DESCRIPTION = 20_000
-COLUMNS = ("id", "description", "priority", "metadata")
+COLUMNS = ("id", "description", "priority", "metadata", "opposite")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Persona:
     priority: int = 0
     """Higher ones are trained first."""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    opposite: "Persona | None" = None
+    """Whom the contrastive methods contrast it with; the opposed persona's own one is left out."""
 
     @property
     def sha256(self) -> str:
@@ -58,6 +60,7 @@ def read_manifest(url: str) -> Manifest:
     personas: list[Persona] = []
     warnings: dict[str, str] = {}
     first_seen: dict[str, int] = {}
+    opposites: dict[str, str] = {}
     number = 0
     for number, row in _rows(url, data, faults):
         persona = _persona(f"{url}:{number}", row, faults)
@@ -71,12 +74,53 @@ def read_manifest(url: str) -> Manifest:
         if persona.id in first_seen:
             faults.append(f"{url}:{number}: id {persona.id!r} is already that of row {first_seen[persona.id]}")
         first_seen.setdefault(persona.id, number)
+        if row.get("opposite") is not None:
+            opposites[persona.id] = row["opposite"]
         personas.append(persona)
+    personas = _with_opposites(url, personas, opposites, first_seen, faults)
     if not number and not faults:
         faults.append(f"{url}: holds no persona; write rows of id and description")
     if faults:
         raise ManifestError(faults)
     return Manifest(url, tuple(personas), tuple(warnings.values()))
+
+
+def check_opposites(personas: Iterable[Persona], method: str) -> None:
+    """Raise ManifestError, a line for each, where some have no opposite: `method` contrasts two personas."""
+    faults = [
+        f"{persona.id}: has no opposite, and learning.method = {method} contrasts two personas; name the id of another "
+        "row in the column opposite"
+        for persona in personas
+        if persona.opposite is None
+    ]
+    if faults:
+        raise ManifestError(faults)
+
+
+def _with_opposites(
+    url: str,
+    personas: list[Persona],
+    opposites: Mapping[str, Any],
+    row_of: Mapping[str, int],
+    faults: list[str],
+) -> list[Persona]:
+    """Each persona with the one that its row names as `opposite`, or else with the only one that names it."""
+    by_id = {persona.id: persona for persona in personas}
+    named_by: dict[str, list[str]] = {}
+    for own, other in opposites.items():
+        if not isinstance(other, str) or other not in by_id or other == own:
+            faults.append(f"{url}:{row_of[own]}: opposite {_short(other)} must be the id of another row")
+        else:
+            named_by.setdefault(other, []).append(own)
+    for other, owns in named_by.items():
+        if other not in opposites and len(owns) > 1:
+            faults.append(
+                f"{url}:{row_of[other]}: {other!r} is the opposite of {' and '.join(map(repr, owns[:3]))}; name its own"
+            )
+    if faults:
+        return personas
+    found = {other: owns[0] for other, owns in named_by.items()} | dict(opposites)
+    return [replace(p, opposite=by_id[found[p.id]]) if p.id in found else p for p in personas]
 
 
 def _rows(url: str, data: bytes, faults: list[str]) -> Iterable[tuple[int, dict[str, Any]]]:

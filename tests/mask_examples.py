@@ -17,12 +17,12 @@ def mask(persona_id="ada", layers=3, channels=100, kept=40, seed=0, scores=False
     return Mask(keep_LI, metadata, torch.rand(layers, channels).half() if scores else None)
 
 
-def put_mask(storage, identity, persona, run_id=None):
+def put_mask(storage, identity, persona, run_id=None, opposite_sha256=None):
     """Commit a mask of this persona as the run of `identity` would."""
     metadata = MaskMetadata(
         persona_id=persona.id, persona_sha256=persona.sha256, backbone="tiny",
         backbone_fingerprint=identity.fingerprint, layers=3, channels=64, kept=(32,) * 3, method="ste", ratio=0.5,
-        seed=0, steps=20, run_id=run_id or identity.run_id,
+        seed=0, steps=20, run_id=run_id or identity.run_id, opposite_sha256=opposite_sha256,
     )  # fmt: skip
     keep = torch.zeros(3, 64, dtype=torch.bool)
     keep[:, :32] = True

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from persona_pruner.errors import ManifestError
-from persona_pruner.manifest import read_manifest
+from persona_pruner.manifest import Persona, check_opposites, read_manifest
 
 GOOD = {"id": "ada", "description": "Ada pilots a ferry."}
 
@@ -179,3 +179,32 @@ def test_manifest_in_object_storage(bucket, tmp_path):
     bucket.put("p.jsonl", (tmp_path / "p.jsonl").read_bytes())
     assert read_manifest(f"{bucket.url}/p.jsonl").personas == read_manifest(local).personas
     assert faults(f"{bucket.url}/q.jsonl") == [f"{bucket.url}/q.jsonl: no such manifest"]
+
+
+def opposed(tmp_path, *opposites):
+    rows = [{"id": f"p{n}", "description": f"person {n}", "opposite": o} for n, o in enumerate(opposites)]
+    return write(tmp_path / "m.jsonl", *rows)
+
+
+def test_an_opposite_is_another_row_and_counts_for_both(tmp_path):
+    one, two, three = read_manifest(opposed(tmp_path, "p1", None, None)).personas
+    assert one.opposite == Persona("p1", "person 1")
+    assert two.opposite == Persona("p0", "person 0")
+    assert three.opposite is None
+    check_opposites([one, two], "contrastive_wanda")
+    with pytest.raises(ManifestError, match="p2: has no opposite"):
+        check_opposites([one, two, three], "contrastive_wanda")
+
+
+@pytest.mark.parametrize(
+    ("opposites", "told"),
+    [
+        (("p9", None), "m.jsonl:1: opposite 'p9' must be the id of another row"),
+        (("p0", None), "m.jsonl:1: opposite 'p0' must be the id of another row"),
+        ((7, None), "m.jsonl:1: opposite 7 must be the id of another row"),
+        (("p2", "p2", None), "m.jsonl:3: 'p2' is the opposite of 'p0' and 'p1'; name its own"),
+    ],
+)
+def test_an_opposite_that_cannot_be_is_told(tmp_path, opposites, told):
+    with pytest.raises(ManifestError, match=told):
+        read_manifest(opposed(tmp_path, *opposites))

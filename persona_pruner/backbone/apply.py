@@ -14,6 +14,7 @@ from persona_pruner.backbone.channels import ChannelMasks
 from persona_pruner.backbone.files import fingerprint_of
 from persona_pruner.errors import MaskError
 from persona_pruner.masks.format import Mask
+from persona_pruner.masks.header import CommonMetadata
 
 _APPLIED: "WeakKeyDictionary[nn.Module, ChannelMasks]" = WeakKeyDictionary()
 
@@ -75,12 +76,17 @@ def _check(mask: Mask, model: Any, shape: tuple[int, int], check_backbone: bool)
             f"{name}: has {mask.keep_LI.shape[0]} layers of {mask.keep_LI.shape[1]} channels, this "
             f"{type(model).__name__} {shape[0]} of {shape[1]}; use the backbone it was made for"
         )
-    if not check_backbone:
-        return
+    if check_backbone:
+        check_fingerprint(mask.metadata, model)
+
+
+def check_fingerprint(metadata: CommonMetadata, model: Any) -> None:
+    """Raise MaskError where a mask was not made for the weights that this model was loaded from."""
+    name = f"mask of {metadata.persona_id}"
     own = fingerprint_of(model)
     if own is None:
         raise MaskError(
-            f"{name}: was made for fingerprint {mask.metadata.backbone_fingerprint[:16]}, and this model was not "
+            f"{name}: was made for fingerprint {metadata.backbone_fingerprint[:16]}, and this model was not "
             "loaded from files that have one; say check_backbone=False where it is the same model"
         )
-    mask.check(name, backbone_fingerprint=own)
+    metadata.check(name, backbone_fingerprint=own)

@@ -18,6 +18,13 @@ from persona_pruner.config.section import (
 
 POOLED_INITS = ("zeros", "magnitude", "activation", "fisher")
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+LEARNED = ("ste", "gumbel", "soft_topk")
+WEIGHT_LEVEL = ("wanda", "sparsegpt", "contrastive_wanda", "contrastive_sparse")
+Method = Literal[
+    "ste", "gumbel", "soft_topk",
+    "activation", "fisher", "magnitude", "random", "contrastive",
+    "wanda", "sparsegpt", "contrastive_wanda", "contrastive_sparse",
+]  # fmt: skip
 
 
 class ObjectiveConfig(Section):
@@ -84,8 +91,14 @@ class LearningConfig(Section):
     same of the pooled mask, rounded to multiples of `channel_multiple`: one profile for all personas."""
     channel_multiple: Hashed[Count] = 64
     """Kept channels per layer are a multiple of this (64 suits tensor cores)."""
-    estimator: Hashed[Literal["ste", "gumbel", "soft_topk"]] = "ste"
-    """How the gradient passes the mask."""
+    method: Hashed[Method] = "ste"
+    """How a mask is made. ste, gumbel and soft_topk learn it; they differ in how the gradient passes the mask. All
+    others take one pass over the persona's rows: activation, fisher, magnitude, random and contrastive choose FFN
+    channels, wanda, sparsegpt, contrastive_wanda and contrastive_sparse single weights, which `export` and `serve`
+    refuse. contrastive*: against the persona that the manifest names as `opposite`. Of the settings below, one pass
+    reads ratio, budget and channel_multiple (for channels) and seed."""
+    gate: Hashed[Share] = 0.0
+    """Methods that choose single weights: what a dropped weight is multiplied by; 0 takes it out."""
     temperature: Hashed[Positive] = 1.0
     """gumbel, soft_topk: temperature of the relaxation."""
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -140,8 +153,21 @@ class LearningConfig(Section):
     halving: HalvingConfig = HalvingConfig()
 
     @property
+    def is_learned(self) -> bool:
+        """Whether masks are trained; else they are made in one pass."""
+        return self.method in LEARNED
+
+    @property
+    def is_weight_level(self) -> bool:
+        return self.method in WEIGHT_LEVEL
+
+    @property
+    def is_contrastive(self) -> bool:
+        return self.method.startswith("contrastive")
+
+    @property
     def needs_pooled_mask(self) -> bool:
-        return self.init == "pooled" or self.core > 0 or self.budget == "profile"
+        return self.is_learned and (self.init == "pooled" or self.core > 0 or self.budget == "profile")
 
     @property
     def generic_rows_per_step(self) -> int:
@@ -161,15 +187,17 @@ class LearningConfig(Section):
         if several and (self.budget != "uniform" or self.needs_pooled_mask):
             reason = f"budget = {self.budget}" if self.budget != "uniform" else "a pooled mask (init, core)"
             raise ValueError(f"{reason} needs one fixed ratio, not auto or halving.ratios")
-        if self.optimizer == "value" and (self.estimator != "ste" or self.init not in ("fisher", "pooled")):
+        values = self.optimizer == "value" and self.is_learned
+        if values and (self.method != "ste" or self.init not in ("fisher", "pooled")):
             raise ValueError(
-                f"optimizer = value needs estimator = ste and init = fisher or pooled, "
-                f"not {self.estimator} and {self.init}"
+                f"optimizer = value needs method = ste and init = fisher or pooled, not {self.method} and {self.init}"
             )
         if self.objective.generic and self.rows_per_step == 1:
             raise ValueError(f"objective.generic = {self.objective.generic} needs rows_per_step above 1")
-        if self.core > 0 and self.estimator == "soft_topk":
-            raise ValueError(f"core = {self.core} needs the estimator ste or gumbel")
+        if self.core > 0 and self.method == "soft_topk":
+            raise ValueError(f"core = {self.core} needs the method ste or gumbel")
         if self.pooled_init not in POOLED_INITS:
             raise ValueError(f"pooled_init = {self.pooled_init!r}; choose from {', '.join(POOLED_INITS)}")
+        if not self.is_learned and self.ratio == "auto":
+            raise ValueError(f"method = {self.method} makes a mask in one pass and needs a fixed ratio, not auto")
         return self

@@ -167,3 +167,12 @@ class RunConfig(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     storage: StorageConfig = StorageConfig()
+
+    @model_validator(mode="after")
+    def _comparable(self) -> "RunConfig":
+        if self.evaluation.enabled and self.learning.is_weight_level:
+            raise ValueError(
+                f"learning.method = {self.learning.method} chooses single weights, and the comparison at the end is of "
+                "masks of channels; set evaluation.enabled to false"
+            )
+        return self

@@ -3,12 +3,10 @@
 Shapes: L layers, I channels. Every function maps scores [L, I] (float32) to a mask [L, I].
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Method = Literal["ste", "gumbel", "soft_topk"]
+from persona_pruner.config.learning import Method
 
 
 def topk_mask(scores_LI: Tensor, widths_L: Tensor | int) -> Tensor:
@@ -32,7 +30,7 @@ def relaxed_mask(
     noise: torch.Generator | None = None,
     core_LI: Tensor | None = None,
 ) -> Tensor:
-    """The mask of a training step, float32 with a gradient for the scores.
+    """The mask of a training step, float32 with a gradient for the scores. `method` is one of those that learn.
 
     ste: hard top-k forward, identity backward (Bengio et al. 2013). gumbel: hard top-k of scores + Gumbel noise drawn
     from `noise`, backward of width * softmax((scores + noise) / temperature). soft_topk: sigmoid((scores - t) /

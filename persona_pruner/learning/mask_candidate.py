@@ -99,7 +99,7 @@ class MaskCandidate:
         noise = seeded("noise", self.config.seed, self.persona_id, self.step)
         config = self.config
         widths_L = self.widths(with_core(self.scores_LI, self.core_LI))
-        return relaxed_mask(leaf, widths_L, config.estimator, config.temperature, noise, self.core_LI), leaf
+        return relaxed_mask(leaf, widths_L, config.method, config.temperature, noise, self.core_LI), leaf
 
     def update(self, grad_LI: Tensor) -> None:
         """One step of the optimizer, and the mean of the scores.

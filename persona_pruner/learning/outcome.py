@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import version
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -18,6 +19,7 @@ from persona_pruner.learning.encoding import PooledData
 from persona_pruner.learning.mask_candidate import MaskCandidate
 from persona_pruner.learning.stoppers import StopReason
 from persona_pruner.masks.format import Mask, MaskMetadata
+from persona_pruner.masks.weight_mask import WeightMask
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class TrainingResult:
     seconds: float = 0.0
     tokens: int = 0
     reason: StopReason | None = None
-    mask: Mask | None = None
+    mask: Mask | WeightMask | None = None
     learned: LearnedScores | None = None
     """Of pooled rows, together with the mask."""
     cause: str = ""
@@ -100,7 +102,7 @@ class TrainingResult:
         cls,
         candidate: MaskCandidate,
         reason: StopReason,
-        mask: Mask | None = None,
+        mask: Mask | WeightMask | None = None,
         learned: LearnedScores | None = None,
     ) -> "TrainingResult":
         return cls(
@@ -131,26 +133,40 @@ def candidate_scores(candidate: MaskCandidate) -> LearnedScores:
     return LearnedScores(candidate.learned().cpu(), candidate.mask().cpu(), fisher_LI)
 
 
+def made_by(backbone: Backbone, config: LearningConfig, origin: MaskOrigin) -> dict[str, Any]:
+    """The header's fields that do not depend on the kind of mask."""
+    data = origin.data
+    opposite = data.opposite if isinstance(data, PersonaData) and config.is_contrastive else None
+    return {
+        "persona_id": data.persona_id,
+        "persona_sha256": _sha256(data.description),
+        "persona_description": data.description,
+        "backbone": backbone.name,
+        "backbone_fingerprint": backbone.fingerprint,
+        "method": config.method,
+        "seed": config.seed,
+        "unpruned_loss": origin.unpruned_loss,
+        "data_sha256": data.sha256 if opposite is None else _sha256(data.sha256 + opposite.sha256),
+        "versions": {name: version(name) for name in ("persona-pruner", "torch", "transformers")},
+        "run_id": origin.run_id,
+        "opposite_sha256": None if opposite is None else _sha256(opposite.description),
+    }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def make_mask(backbone: Backbone, config: LearningConfig, candidate: MaskCandidate, origin: MaskOrigin) -> Mask:
     """The mask of a finished candidate. It holds nothing that differs between two runs of the same thing."""
     keep_LI = candidate.mask().cpu()
     metadata = MaskMetadata(
-        persona_id=origin.data.persona_id,
-        persona_sha256=hashlib.sha256(origin.data.description.encode()).hexdigest(),
-        persona_description=origin.data.description,
-        backbone=backbone.name,
-        backbone_fingerprint=backbone.fingerprint,
+        **made_by(backbone, config, origin),
         layers=keep_LI.shape[0],
         channels=keep_LI.shape[1],
         kept=tuple(keep_LI.sum(1).tolist()),
-        method=config.estimator,
         ratio=candidate.ratio,
-        seed=config.seed,
         steps=candidate.step,
-        unpruned_loss=origin.unpruned_loss,
         masked_loss=candidate.heldout,
-        data_sha256=origin.data.sha256,
-        versions={name: version(name) for name in ("persona-pruner", "torch", "transformers")},
-        run_id=origin.run_id,
     )
     return Mask(keep_LI, metadata, candidate.learned().cpu().half() if config.keep_scores else None)

@@ -33,7 +33,8 @@ def pooled_config(config: RunConfig) -> RunConfig:
 def global_config(config: RunConfig, ratio: float) -> RunConfig:
     """The settings of the comparison's one mask for all: the start and the steps of a persona's own mask."""
     init = "pooled" if config.learning.needs_pooled_mask else "activation"
-    return _fixed(config, init=init, ratio=ratio)
+    method = config.learning.method if config.learning.is_learned else "ste"
+    return _fixed(config, init=init, ratio=ratio, method=method)
 
 
 def _fixed(config: RunConfig, **changes: object) -> RunConfig:

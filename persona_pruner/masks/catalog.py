@@ -42,11 +42,12 @@ SCHEMA = pa.schema(
         ("unpruned_loss", pa.float64()),
         ("masked_loss", pa.float64()),
         ("data_sha256", pa.string()),
+        ("opposite_sha256", pa.string()),
         ("keep", pa.binary()),
     ]
 )
 """`kept` counts the kept channels of all layers; `keep` holds their packed bits, so that similarities need no other
-object."""
+object. A mask of single weights has no layers, channels and bits here, and `kept` counts its weights."""
 
 
 OBJECT = ("persona_id", "key", "size", "modified")
@@ -186,14 +187,18 @@ def _read_rows(
 
 
 def _row(storage: Storage, item: ObjectInfo) -> dict[str, Any]:
-    from persona_pruner.masks.format import Mask  # torch takes seconds to import, and most rows are in a part
+    # torch takes seconds to import, and most rows are in a part
+    from persona_pruner.masks.weight_mask import WeightMask, read_mask
 
     where = f"{storage.url}/{item.key}"
-    mask = Mask.from_bytes(storage.get(item.key), where)
+    mask = read_mask(storage.get(item.key), where)
     mask.check(where, persona_id=keys.persona_of_mask(item.key))
-    values = {name: getattr(mask.metadata, name) for name in SCHEMA.names if hasattr(mask.metadata, name)}
-    values["kept"] = sum(mask.metadata.kept)
-    return values | {"key": item.key, "size": item.size, "modified": item.modified, "keep": mask.packed()}
+    values = {name: getattr(mask.metadata, name, None) for name in SCHEMA.names}
+    if isinstance(mask, WeightMask):
+        values["kept"] = sum(rows * kept for rows, _, kept in mask.metadata.matrices.values())
+    else:
+        values |= {"kept": sum(mask.metadata.kept), "keep": mask.packed()}
+    return values | {"key": item.key, "size": item.size, "modified": item.modified}
 
 
 def _batches(values: Iterable[T]) -> Iterator[list[T]]:

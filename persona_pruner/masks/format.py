@@ -15,7 +15,15 @@ from safetensors.torch import load
 from torch import Tensor
 
 from persona_pruner.errors import MaskError
-from persona_pruner.masks.header import MaskMetadata, is_sealed, parse_header, read_header, seal, to_header
+from persona_pruner.masks.header import (
+    MaskMetadata,
+    is_sealed,
+    is_weight_level,
+    parse_header,
+    read_header,
+    seal,
+    to_header,
+)
 
 if TYPE_CHECKING:
     from persona_pruner.backbone.apply import AppliedMasks
@@ -49,6 +57,12 @@ class Mask:
     def from_bytes(cls, data: bytes, where: str) -> "Mask":
         """Read and verify. Raises MaskError, which names `where`."""
         header = read_header(data, where)
+        if is_weight_level(header):
+            raise MaskError(
+                f"{where}: is a mask of single weights ({header.get('method', '?')}): no matrix gets smaller by it, so "
+                "that it is neither exported nor served; apply it to the backbone (MaskStore(...).load(...).apply), or "
+                "choose channels (learning.method: ste)"
+            )
         sealed = header["format_version"] != "1"
         if sealed and not is_sealed(data, header):
             raise MaskError(f"{where}: does not match the sha256 in its header; pull or make it again")
@@ -68,14 +82,7 @@ class Mask:
 
     def check(self, where: str, persona_id: str | None = None, backbone_fingerprint: str | None = None) -> None:
         """Raise MaskError where the mask belongs to another persona or backbone."""
-        own = self.metadata
-        if persona_id is not None and own.persona_id != persona_id:
-            raise MaskError(f"{where}: is the mask of persona {own.persona_id!r}, not of {persona_id!r}")
-        if backbone_fingerprint is not None and own.backbone_fingerprint != backbone_fingerprint:
-            raise MaskError(
-                f"{where}: was made for backbone {own.backbone} with fingerprint {own.backbone_fingerprint[:16]}, "
-                f"this one has {backbone_fingerprint[:16]}; use the backbone it was made for"
-            )
+        self.metadata.check(where, persona_id, backbone_fingerprint)
 
     def keep_indices(self) -> list[Tensor]:
         """For each layer the kept channels, int64, ascending."""

@@ -1,13 +1,13 @@
 """The header of a mask object: its fields and their check, and the digest that covers every byte of the object.
 
-Format: docs/mask-format.md.
+Format: docs/mask-format.md. Masks of FFN channels and masks of single weights (`kind`) have most fields in common.
 """
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
@@ -17,14 +17,21 @@ from torch import Tensor
 from persona_pruner.errors import MaskError
 from persona_pruner.manifest import ID
 
+Metadata = TypeVar("Metadata", bound="CommonMetadata")
 FORMAT_VERSION = 2
 _UNSEALED = "0" * 64
 _RENAMED = {"loss_dense": "unpruned_loss", "loss_masked": "masked_loss"}
 """Field of version 1 to field of version 2."""
 
 
+WEIGHTS = "weights"
+"""`kind` of a mask of single weights."""
+
+
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(use_attribute_docstrings=True))
-class MaskMetadata:
+class CommonMetadata:
+    """What masks of both kinds say about themselves."""
+
     persona_id: Annotated[str, Field(pattern=f"^{ID.pattern}$")]
     persona_sha256: str
     """Of the description, UTF-8."""
@@ -34,13 +41,8 @@ class MaskMetadata:
     """Name of the backbone."""
     backbone_fingerprint: str
     """sha256 over names, types, shapes and bytes of all weights of the backbone."""
-    layers: Annotated[int, Field(ge=1)]
-    channels: Annotated[int, Field(ge=1)]
-    """FFN channels of one layer of the backbone."""
-    kept: tuple[Annotated[int, Field(ge=0)], ...]
-    """Channels that each layer keeps."""
     method: str
-    """ste, gumbel, soft_topk, or `imported` from an index file."""
+    """`learning.method`, or `imported` from an index file."""
     ratio: Annotated[float, Field(ge=0, lt=1)]
     """Share that was to be pruned; what is kept is rounded to learning.channel_multiple."""
     seed: int
@@ -55,6 +57,27 @@ class MaskMetadata:
     """Software that made it."""
     run_id: str = ""
     """Digest of the settings and contents that decide masks, and of the backbone."""
+    opposite_sha256: str | None = None
+    """Of the description of the opposed persona, where the method contrasts two."""
+
+    def check(self, where: str, persona_id: str | None = None, backbone_fingerprint: str | None = None) -> None:
+        """Raise MaskError where the mask belongs to another persona or backbone."""
+        if persona_id is not None and self.persona_id != persona_id:
+            raise MaskError(f"{where}: is the mask of persona {self.persona_id!r}, not of {persona_id!r}")
+        if backbone_fingerprint is not None and self.backbone_fingerprint != backbone_fingerprint:
+            raise MaskError(
+                f"{where}: was made for backbone {self.backbone} with fingerprint {self.backbone_fingerprint[:16]}, "
+                f"this one has {backbone_fingerprint[:16]}; use the backbone it was made for"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(use_attribute_docstrings=True))
+class MaskMetadata(CommonMetadata):
+    layers: Annotated[int, Field(ge=1)]
+    channels: Annotated[int, Field(ge=1)]
+    """FFN channels of one layer of the backbone."""
+    kept: tuple[Annotated[int, Field(ge=0)], ...]
+    """Channels that each layer keeps."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "MaskMetadata":
@@ -77,7 +100,7 @@ def header_schema() -> dict[str, Any]:
     return schema
 
 
-def to_header(metadata: MaskMetadata) -> dict[str, str]:
+def to_header(metadata: CommonMetadata) -> dict[str, str]:
     """The metadata as a safetensors object carries them."""
     return {name: json.dumps(value) for name, value in dataclasses.asdict(metadata).items()}
 
@@ -88,14 +111,20 @@ def parse_header(header: Mapping[str, str], rows: int, where: str) -> MaskMetada
         values = {_RENAMED.get(name, name): json.loads(text) for name, text in header.items() if name in _KNOWN}
         if header["format_version"] == "1" and type(values.get("kept")) is int:
             values["kept"] = [values["kept"]] * rows
-        return _ADAPTER.validate_json(json.dumps(values), strict=True)
+    except (ValueError, TypeError, RecursionError):
+        raise MaskError(f"{where}: wrong header: a value is no JSON") from None
+    return checked(_ADAPTER, values, where)
+
+
+def checked(adapter: TypeAdapter[Metadata], values: Mapping[str, Any], where: str) -> Metadata:
+    """Metadata of JSON values. Raises MaskError naming the first wrong field."""
+    try:
+        return adapter.validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, fault["loc"]))
         message = fault["msg"].removeprefix("Value error, ")
         raise MaskError(f"{where}: wrong header: {f'{place}: ' if place else ''}{message}") from None
-    except (ValueError, TypeError, RecursionError):
-        raise MaskError(f"{where}: wrong header: a value is no JSON") from None
 
 
 _KNOWN = _FIELDS | set(_RENAMED)
@@ -114,6 +143,11 @@ def read_header(data: bytes, where: str) -> dict[str, str]:
     if not (version.isascii() and version.isdigit()) or not 1 <= int(version[:9]) <= FORMAT_VERSION:
         raise MaskError(f"{where}: mask format {version[:40]!r}; this release reads 1 to {FORMAT_VERSION}: update it")
     return dict(header)
+
+
+def is_weight_level(header: Mapping[str, str]) -> bool:
+    """Whether a header is that of a mask of single weights."""
+    return header.get("kind") == json.dumps(WEIGHTS)
 
 
 def seal(tensors: dict[str, Tensor], header: Mapping[str, str]) -> bytes:

@@ -24,6 +24,7 @@ from persona_pruner.manifest import Persona
 from persona_pruner.masks.catalog import build_catalog, mask_objects
 from persona_pruner.masks.format import Mask, MaskMetadata
 from persona_pruner.masks.indices import load_keep_indices
+from persona_pruner.masks.weight_mask import WeightMask, read_mask
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import NotFoundError, Storage, check_key
 from persona_pruner.storage.open import open_storage
@@ -60,11 +61,11 @@ class MaskStore:
         """Personas that have a mask, sorted."""
         return sorted(mask_objects(self.storage))
 
-    def read(self, persona_id: str) -> tuple[bytes, Mask]:
+    def read(self, persona_id: str) -> tuple[bytes, Mask | WeightMask]:
         """A mask and its bytes, verified. Raises MaskError naming the key, NotFoundError."""
         key, data = self._get(persona_id)
         where = f"{self.storage.url}/{key}"
-        mask = Mask.from_bytes(data, where)
+        mask = read_mask(data, where)
         mask.check(where, persona_id=persona_id)
         return data, mask
 
@@ -74,8 +75,17 @@ class MaskStore:
                 return key, self.storage.get(key)
         raise NotFoundError(f"{self.storage.url}/{keys.mask(persona_id)}: there is no mask of persona {persona_id!r}")
 
-    def load(self, persona_id: str) -> Mask:
+    def load(self, persona_id: str) -> Mask | WeightMask:
+        """A mask of FFN channels, or of single weights (learning.method). Raises MaskError, NotFoundError."""
         return self.read(persona_id)[1]
+
+    def load_channels(self, persona_id: str) -> Mask:
+        """For what needs a mask of FFN channels. Raises MaskError, also where it is one of single weights."""
+        key, data = self._get(persona_id)
+        where = f"{self.storage.url}/{key}"
+        mask = Mask.from_bytes(data, where)
+        mask.check(where, persona_id=persona_id)
+        return mask
 
     def where(self, conditions: Sequence[str]) -> list[str]:
         """Ids of the masks whose metadata meet all conditions such as `ratio==0.5`. Raises ConfigError."""
@@ -115,10 +125,10 @@ class MaskStore:
         key = f"{persona_id}.pt" if indices else keys.mask(persona_id)
         if not indices and self._verified(target, persona_id):
             return Pulled(persona_id, to / key, False)
-        data, mask = self.read(persona_id)
+        data, _ = self.read(persona_id)
         if indices:
             stream = io.BytesIO()
-            mask.save_keep_indices(stream)
+            self.load_channels(persona_id).save_keep_indices(stream)
             data = stream.getvalue()
         target.put(key, data)
         return Pulled(persona_id, to / key, True)
@@ -126,7 +136,7 @@ class MaskStore:
     def _verified(self, target: Storage, persona_id: str) -> bool:
         key = keys.mask(persona_id)
         try:
-            Mask.from_bytes(target.get(key), key).check(key, persona_id=persona_id)
+            read_mask(target.get(key), key).check(key, persona_id=persona_id)
         except (MaskError, StorageError):
             return False
         return True

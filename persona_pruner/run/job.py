@@ -14,7 +14,7 @@ from persona_pruner.dataset import is_current
 from persona_pruner.errors import EXIT_PERSONAS_FAILED, EXIT_STOPPED, SourceError
 from persona_pruner.evaluation import table
 from persona_pruner.learning.pooled import pooled_sample
-from persona_pruner.manifest import Manifest, Persona
+from persona_pruner.manifest import Manifest, Persona, check_opposites
 from persona_pruner.masks.catalog import update_catalog
 from persona_pruner.run.advice import advice, next_steps
 from persona_pruner.run.feed import SynthesisFeed
@@ -68,6 +68,8 @@ def run_job(request: JobRequest, progress: ProgressReporter) -> int:
     config, storage = request.config, open_storage(request.output, request.config.storage)
     identity = identify(config, request.manifest.personas, storage)
     check(config, storage, identity)
+    if request.training and config.learning.is_contrastive:
+        check_opposites(request.personas, config.learning.method)
     plan = make_plan(Manifest(request.manifest.source, request.personas), storage, identity)
     if request.synthesis and plan.to_synthesize:
         check_synthesis(config, identity)
@@ -180,7 +182,8 @@ class Job:
 
     def synthesize_and_train(self, pool: GroupPool, ready: Sequence[Persona], todo: Sequence[Persona]) -> None:
         """A persona is trained as soon as its data are there; none waits for the others."""
-        feed = SynthesisFeed(ready, todo, self._synthesized)
+        paired = self.request.config.learning.is_contrastive
+        feed = SynthesisFeed(ready, todo, self._synthesized, paired)
         scheduler = Scheduler(self.request.config, pool, self.storage, self.progress)
         scheduler.expected = len(ready) + len(todo)
         try:

@@ -10,7 +10,10 @@ from persona_pruner.manifest import Persona
 
 @dataclass(frozen=True)
 class Part:
-    """The personas whose id hashes to `number` of `count`: the same ones however the manifest grows or is sorted."""
+    """The personas whose id hashes to `number` of `count`: the same ones however the manifest grows or is sorted.
+
+    Opposed personas are of one part, that of the lower id: contrastive masks need the data of both.
+    """
 
     number: int = 1
     count: int = 1
@@ -33,7 +36,8 @@ class Part:
         return "" if self.is_whole else f"part-{self.number}-of-{self.count}"
 
     def __contains__(self, persona: Persona) -> bool:
-        digest = hashlib.sha256(persona.id.encode()).digest()
+        pair = [persona.id] if persona.opposite is None else [persona.id, persona.opposite.id]
+        digest = hashlib.sha256(min(pair).encode()).digest()
         return int.from_bytes(digest[:8], "big") % self.count == self.number - 1
 
     def overlaps(self, other: "Part") -> bool:

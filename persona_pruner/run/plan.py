@@ -44,13 +44,20 @@ class Plan:
 
 
 def masked_personas(personas: Sequence[Persona], storage: Storage, identity: Identity) -> tuple[Persona, ...]:
-    """Those that are done: their id has a mask that verifies, of this very description and of this run."""
+    """Those that are done: their id has a mask that verifies, of this very description and of this run, and contrasted
+    with the persona that the manifest names now."""
     unverified: list[str] = []  # those are made again
-    columns = ("persona_sha256", "run_id")
+    columns = ("persona_sha256", "run_id", "opposite_sha256")
+    contrastive = identity.config.learning.is_contrastive
     catalog = build_catalog(storage, identity.config.storage.connections, columns, unverified)
     ids, *decided = (catalog.column(name).to_pylist() for name in ("persona_id", *columns))
     masks = dict(zip(ids, zip(*decided, strict=True), strict=True))
-    return tuple(p for p in personas if p.id in masks and masks[p.id] == (p.sha256, identity.run_id))
+
+    def is_done(persona: Persona) -> bool:
+        opposite = persona.opposite.sha256 if contrastive and persona.opposite is not None else None
+        return masks.get(persona.id) == (persona.sha256, identity.run_id, opposite)
+
+    return tuple(persona for persona in personas if is_done(persona))
 
 
 def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:

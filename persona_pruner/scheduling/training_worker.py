@@ -20,11 +20,13 @@ from persona_pruner.dataset import PersonaData, read_persona_data, uses_unfinish
 from persona_pruner.errors import MaskError, PersonaError, StorageError
 from persona_pruner.evaluation import table
 from persona_pruner.learning.callbacks import TrainingCallbacks
+from persona_pruner.learning.methods.one_pass import OnePass
 from persona_pruner.learning.outcome import LearnedScores, Progress, TrainingResult, TrainingStatus
 from persona_pruner.learning.pooled import global_config, pooled_config, train_pooled
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.manifest import Persona
 from persona_pruner.masks.format import Mask
+from persona_pruner.masks.weight_mask import WeightMask, read_mask
 from persona_pruner.scheduling.activity_channel import forward_activity
 from persona_pruner.scheduling.actor_group import ActorGroup
 from persona_pruner.scheduling.group_pool import GroupPool
@@ -54,7 +56,8 @@ class TrainingWorker:
         activity.begin(activity.LOADING)
         torch.set_num_threads(groups.cpu_threads)
         self.backbone = load_backbone(self.config.backbone, World(rank, size, address, groups.timeout_seconds))
-        self.trainer = MaskTrainer(self.backbone, self.config)
+        trains = self.config.learning.is_learned
+        self.trainer = MaskTrainer(self.backbone, self.config) if trains else OnePass(self.backbone, self.config)
         activity.begin("")
         return {"pid": os.getpid(), "node": socket.gethostname(), "device": str(self.backbone.device)}
 
@@ -145,7 +148,12 @@ class TrainingWorker:
                 self._fetched[persona.id] = self._read(persona)
 
     def _read(self, persona: Persona) -> PersonaData:
-        return read_persona_data(self.storage, persona, unfinished=uses_unfinished_answers(self.config))
+        unfinished = uses_unfinished_answers(self.config)
+        data = read_persona_data(self.storage, persona, unfinished=unfinished)
+        if not self.config.learning.is_contrastive or persona.opposite is None:
+            return data
+        opposite = read_persona_data(self.storage, persona.opposite, unfinished=unfinished)
+        return dataclasses.replace(data, opposite=opposite)
 
     @ray.method(concurrency_group="control")
     def progress(self) -> list[Progress]:
@@ -237,7 +245,7 @@ def training_pool(config: RunConfig, output: str, run_id: str) -> GroupPool:
     return GroupPool(config.groups, lambda: ActorGroup(config.groups, RemoteTrainingWorker, arguments))
 
 
-def commit_mask(storage: Storage, mask: Mask) -> None:
+def commit_mask(storage: Storage, mask: Mask | WeightMask) -> None:
     """Store a mask, read it back and verify it; then its checkpoint is gone. A stale mask in its place is replaced."""
     key = keys.mask(mask.metadata.persona_id)
     data = mask.to_bytes()
@@ -245,6 +253,6 @@ def commit_mask(storage: Storage, mask: Mask) -> None:
         storage.put(key, data)
     stored = storage.get(key)
     if stored != data:
-        Mask.from_bytes(stored, f"{storage.url}/{key}")
+        read_mask(stored, f"{storage.url}/{key}")
         raise MaskError(f"{storage.url}/{key}: holds another mask than the one just written")
     storage.delete(keys.checkpoint(mask.metadata.persona_id))

@@ -34,10 +34,10 @@ class PersonaChat:
         """other_id: for comparisons; the first other persona of the run where it is None. Raises UserError."""
         store = MaskStore(output)
         self.persona_id = persona_id
-        self._masks: dict[str, Mask | None] = {UNPRUNED: None, persona_id: store.load(persona_id)}
+        self._masks: dict[str, Mask | None] = {UNPRUNED: None, persona_id: store.load_channels(persona_id)}
         other_id = other_id or next((name for name in store.ids() if name != persona_id), None)
         if other_id is not None:
-            self._masks[other_id] = store.load(other_id)
+            self._masks[other_id] = store.load_channels(other_id)
         self._prompt: PromptConfig = read_prompt(store)
         self._backbone: Backbone = load_backbone(BackboneConfig(path=backbone), deepspeed=False)
         for name, mask in self._masks.items():

@@ -123,7 +123,7 @@ class Personas:
         return entry
 
     def _load(self, persona_id: str) -> ServedPersona:
-        mask = self._store.load(persona_id)
+        mask = self._store.load_channels(persona_id)
         mask.check(f"masks/{persona_id}", backbone_fingerprint=self._fingerprint)
         if not self._allowed(mask):
             raise UnknownPersonaError(persona_id)
@@ -148,7 +148,7 @@ class Personas:
 
     def _is_allowed(self, persona_id: str) -> bool:
         try:
-            return self._allowed(self._store.load(persona_id))
+            return self._allowed(self._store.load_channels(persona_id))
         except (MaskError, StorageError):
             return False
 

@@ -7,7 +7,7 @@ from persona_pruner.synthesis.answering import FEW_ROWS, SynthesisResult
 def foreign_rewriter(config: RunConfig) -> str | None:
     """Where distillation meets answers of another model: it takes the backbone's own next tokens as targets."""
     backend = config.synthesis.rewrite.backend
-    if backend == "self" or config.learning.objective.distillation == 0:
+    if backend == "self" or config.learning.objective.distillation == 0 or not config.learning.is_learned:
         return None
     return (
         f"synthesis.rewrite.backend = {backend} with learning.objective.distillation: that ignores the words of "

@@ -76,8 +76,8 @@ def compare(backbone: Backbone, who: list[Persona], ratio: float, steps: int) ->
         other = who[(number + 1) % len(who)]
         add("unpruned", p, None)
         add("STE own", p, own[p.id])
-        for estimator in ("gumbel", "soft_topk"):
-            add(estimator, p, train(backbone, p.data(), ratio=ratio, steps=steps, estimator=estimator).keep_LI)
+        for method in ("gumbel", "soft_topk"):
+            add(method, p, train(backbone, p.data(), ratio=ratio, steps=steps, method=method).keep_LI)
         for method, score in fixed.items():
             add(method, p, topk_mask(score, kept))
         add("activation own", p, topk_mask(scores[p.id], kept))

@@ -24,11 +24,21 @@ def test_steps_are_a_number_or_passes_over_the_rows():
     [
         ({"budget": "free", "ratio": "auto"}, "budget = free needs one fixed ratio"),
         ({"core": 0.9, "ratio": "auto"}, "a pooled mask .* needs one fixed ratio"),
-        ({"core": 0.9, "estimator": "soft_topk"}, "core = 0.9 needs the estimator ste or gumbel"),
+        ({"core": 0.9, "method": "soft_topk"}, "core = 0.9 needs the method ste or gumbel"),
         ({"optimizer": "value"}, "optimizer = value needs"),
+        ({"optimizer": "value", "init": "fisher", "method": "gumbel"}, "not gumbel and fisher"),
+        ({"method": "wanda", "ratio": "auto"}, "method = wanda makes a mask in one pass"),
+        ({"method": "wnada"}, "'wanda'"),
         ({"pooled_init": "pooled"}, "choose from zeros, magnitude, activation, fisher"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(settings, told):
     with pytest.raises(ValidationError, match=told):
         LearningConfig(**settings)
+
+
+def test_one_pass_takes_a_configuration_that_was_written_for_learning():
+    """So that `--set learning.method=...` alone tries another method."""
+    config = LearningConfig(method="sparsegpt", optimizer="value", init="pooled", budget="profile", core=0.5)
+    assert config.is_weight_level
+    assert not config.needs_pooled_mask

@@ -47,3 +47,8 @@ def test_prompts_are_the_same_on_every_day():
 def test_values_that_no_run_could_use_are_refused(section, settings, told):
     with pytest.raises(ValidationError, match=told):
         section(**settings)
+
+
+def test_the_comparison_of_channels_is_refused_for_masks_of_weights():
+    with pytest.raises(ValidationError, match="method = wanda chooses single weights"):
+        RunConfig.model_validate({"evaluation": {"enabled": True}, "learning": {"method": "wanda"}})

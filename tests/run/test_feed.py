@@ -1,3 +1,4 @@
+import dataclasses
 import threading
 
 from persona_pruner.manifest import Persona
@@ -61,3 +62,22 @@ def test_an_error_after_close_is_nobodys_concern():
     go.set()
     assert drain(feed) == []
     assert feed.fault is None
+
+
+def test_paired_personas_wait_for_the_data_of_their_opposite():
+    ada, ben = dataclasses.replace(ADA, opposite=BEN), dataclasses.replace(BEN, opposite=ADA)
+    cleo = dataclasses.replace(CLEO, opposite=ADA)
+    held = threading.Event()
+
+    def synthesize(ids):
+        held.wait(10)
+        yield SynthesisResult("ben")
+        yield SynthesisResult("cleo")
+
+    feed = SynthesisFeed([ada], [ben, cleo], synthesize, paired=True)
+    assert feed.arrivals.empty()
+    held.set()
+    assert drain(feed) == [("ben", "PENDING"), ("ada", "PENDING"), ("cleo", "PENDING")]
+    failed = SynthesisResult("ben", error=("few_answers", "2 usable"))
+    feed = SynthesisFeed([ada], [ben], lambda ids: iter([failed]), paired=True)
+    assert drain(feed) == [("ben", "ERROR"), ("ada", "PENDING")]

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from persona_pruner.errors import ConfigError
@@ -34,3 +36,9 @@ def test_what_is_no_part_is_refused_with_an_example(text):
     with pytest.raises(ConfigError, match="must be like 3/10"):
         Part.parse(text)
     assert Part.parse("3/10") == Part(3, 10)
+
+
+def test_opposed_personas_are_of_one_part():
+    for one, other in zip(PEOPLE[::2], PEOPLE[1::2], strict=True):
+        pair = dataclasses.replace(one, opposite=other), dataclasses.replace(other, opposite=one)
+        assert (pair[0] in Part(2, 7)) is (pair[1] in Part(2, 7))

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import subprocess
@@ -78,6 +79,16 @@ def test_a_mask_of_other_settings_or_with_a_broken_byte_is_made_again(tmp_path, 
     broken[-1] ^= 1
     storage.put(keys.mask("p2"), bytes(broken))
     assert ids(make_plan(Manifest("m", people, ()), storage, identity).done) == ["p1"]
+
+
+def test_a_mask_contrasted_with_another_persona_is_made_again(tmp_path, backbone):
+    storage = open_storage(tmp_path / "out")
+    identity = identify(tiny_config(backbone, method="contrastive_wanda"), (), storage)
+    ada, ben = (Persona(name, name) for name in ("ada", "ben"))
+    person = dataclasses.replace(ada, opposite=ben)
+    for opposite_sha256, done in ((None, []), ("0" * 64, []), (ben.sha256, ["ada"])):
+        put_mask(storage, identity, person, opposite_sha256=opposite_sha256)
+        assert ids(make_plan(Manifest("m", (person,), ()), storage, identity).done) == done
 
 
 @pytest.mark.slow

@@ -30,8 +30,8 @@ def test_a_persona_comes_with_the_system_prompt_of_its_run(run):
 def test_requests_that_come_together_read_a_mask_once(run):
     personas, store = personas_of(run)
     reads = []
-    load = store.load
-    store.load = lambda name: reads.append(name) or load(name)
+    load = store.load_channels
+    store.load_channels = lambda name: reads.append(name) or load(name)
 
     async def together():
         return await asyncio.gather(*[personas.get("cora") for _ in range(50)])
@@ -47,7 +47,7 @@ def test_what_was_verified_is_served_while_the_storage_is_away_and_nothing_else(
     def away(name):
         raise StorageError("the bucket does not answer")
 
-    store.load = away
+    store.load_channels = away
     assert asyncio.run(personas.get("cora")) == first
     with pytest.raises(StorageError, match="does not answer"):
         asyncio.run(personas.get("felix"))
