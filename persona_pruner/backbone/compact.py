@@ -30,8 +30,9 @@ def load_checkpoint(path: Path, **options: Any) -> Any:
     config = AutoConfig.from_pretrained(path, trust_remote_code=options.get("trust_remote_code", False))
     widths = ffn_widths(config)
     if widths is None:
-        return AutoModelForCausalLM.from_pretrained(path, **options)
-    with _quiet():
+        with without_bars():
+            return AutoModelForCausalLM.from_pretrained(path, **options)
+    with _quiet(), without_bars():
         model = AutoModelForCausalLM.from_pretrained(path, ignore_mismatched_sizes=True, **options)
     weights = _tensors(path)
     names = {module: name for name, module in model.named_modules()}
@@ -64,6 +65,18 @@ def _tensors(path: Path) -> dict[str, Any]:
     """The open file of every weight."""
     files = [safe_open(file, framework="pt") for file in sorted(path.glob("*.safetensors"))]
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """No bar for weights that lie here: whoever loads says so in words. Those of a download stay."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
 from persona_pruner.backbone.channels import ChannelMasks, Ffn, find_ffns
-from persona_pruner.backbone.compact import FFN_WIDTHS, load_checkpoint, set_width
+from persona_pruner.backbone.compact import FFN_WIDTHS, load_checkpoint, set_width, without_bars
 from persona_pruner.backbone.load import load_backbone
 from persona_pruner.config.schema import BackboneConfig
 from persona_pruner.errors import BackboneError, MaskError
@@ -81,7 +81,8 @@ def export_pruned(mask: Mask, backbone_config: BackboneConfig, to: Path, *, comp
     partial = to.with_name(f".{to.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        with without_bars():
+            model.save_pretrained(partial)
         backbone.tokenizer.save_pretrained(partial)
         written = load_checkpoint(partial, dtype=model.dtype).eval().to(model.device)
         comparison = _compare(masked_TV, _probe(written), model.dtype)

@@ -1,6 +1,7 @@
 """The `persona-pruner` command: each command calls one function of the package and prints what it gives."""
 
 import json
+import logging
 import sys
 
 from rich.console import Console
@@ -10,6 +11,9 @@ from persona_pruner.cli import serving as serving
 from persona_pruner.cli.app import app
 from persona_pruner.errors import UserError
 
+_ORDER = {module.__name__: place for place, module in enumerate((runs, masks, serving, cluster, settings))}
+app.registered_commands.sort(key=lambda command: _ORDER.get(getattr(command.callback, "__module__", ""), len(_ORDER)))
+
 __all__ = ["app", "cluster", "main", "masks", "runs", "settings"]
 
 
@@ -18,6 +22,8 @@ def main() -> None:
 
     With --json the fault is one JSON object on stderr: `error` and `exit_status`.
     """
+    # transformers imports DeepSpeed, which warns on every machine without a GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
     try:
         app(prog_name="persona-pruner")
     except UserError as error:

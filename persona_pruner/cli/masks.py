@@ -6,8 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from persona_pruner.cli.app import JsonOption, OutputArgument, PersonaIdOption, PersonaOption, app, say, show
+from persona_pruner.cli.app import (
+    JsonOption,
+    OutputArgument,
+    PersonaIdOption,
+    PersonaOption,
+    app,
+    console,
+    say,
+    show,
+)  # fmt: skip
 from persona_pruner.errors import UserError
 
 catalog_app = typer.Typer(help="The index of all masks, catalog/*.parquet.", no_args_is_help=True)
@@ -36,6 +46,8 @@ def pull(
         raise UserError("say which masks: --persona ID (again for more), --where CONDITION, or --all")
     store = MaskStore(output)
     ids = persona or (store.where(where) if where else store.ids())
+    if not ids:
+        raise UserError(f"{output}: holds no mask{''.join(f', {condition}' for condition in where)}")
     pulled = [(p.persona_id, str(p.path), p.fresh) for p in store.pull(ids, to, indices=form is PullFormat.indices)]
     if as_json:
         print(json.dumps([{"persona_id": i, "path": path, "fresh": fresh} for i, path, fresh in pulled], indent=1))
@@ -72,8 +84,20 @@ def export(
 
     settings = check_config({"backbone": {"path": backbone, "dtype": dtype}}, "--backbone/--dtype")
     figures = export_pruned(Mask.from_bytes(read_url(mask), mask), settings.backbone, to, compact=compact)
-    show({"checkpoint": str(to)} | figures, as_json)
-    if figures["padded_channels"] and not as_json:
+    if as_json:
+        show({"checkpoint": str(to)} | figures, True)
+        return
+    table = Table("", box=None)
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
+    for name in ("parameters", "bytes", "tokens_per_second"):
+        table.add_row(name.replace("_", " "), *(f"{figures[f'{name}_{at}']:,.0f}" for at in ("before", "after")))
+    console.print(table)
+    say(
+        f"{to}: same top token as the masked backbone at {figures['top_token_agreement']:.1%} of positions, "
+        f"largest difference of a logit {figures['logit_difference']:.2g}"
+    )
+    if figures["padded_channels"]:
         say("the layers keep different numbers of channels: padded with zeros to the widest; --compact leaves them out")
 
 
@@ -145,8 +169,10 @@ def share(
     output: OutputArgument,
     persona: PersonaIdOption,
     seconds: Annotated[int, typer.Option(min=1, max=604800, help="How long the link works.")] = 3600,
+    as_json: JsonOption = False,
 ) -> None:
     """Print a link that reads one mask without credentials."""
     from persona_pruner.masks.store import MaskStore
 
-    print(MaskStore(output).share(persona, seconds))
+    link = MaskStore(output).share(persona, seconds)
+    print(json.dumps({"persona": persona, "url": link, "seconds": seconds}) if as_json else link)

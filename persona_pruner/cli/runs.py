@@ -29,6 +29,7 @@ def init(
     backbone: Annotated[str | None, typer.Option(help="Your model: a directory, s3:// prefix or hub name.")] = None,
     questions: Annotated[list[str], typer.Option(help="A file or data set of questions; may be given again.")] = [],  # noqa: B006
     personas: Annotated[str | None, typer.Option(help="Your personas, to be checked too.")] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Start a run of your own: a commented run.yaml for your model and questions; without any, the packaged example."""
     from persona_pruner.errors import UserError
@@ -38,11 +39,14 @@ def init(
         raise UserError("give --backbone and --questions for a configuration of your own, or neither for the example")
     if backbone is None:
         files, manifest = copy_example(directory), str(directory / "personas.jsonl")
-        say(f"wrote {', '.join(file.name for file in files)}")
     else:
-        say(f"wrote {write_config(directory, backbone, questions, personas)}")
-        manifest = personas or "PERSONAS"
-    say(f"next:  persona-pruner run {manifest} --config {directory / 'run.yaml'} --output {directory / 'output'}")
+        files, manifest = [write_config(directory, backbone, questions, personas)], personas or "PERSONAS"
+    wrote = [str(file) for file in files]
+    step = f"persona-pruner run {manifest} --config {directory / 'run.yaml'} --output {directory / 'output'}"
+    if as_json:
+        show({"wrote": wrote, "next": step}, True)
+    else:
+        say(f"wrote {', '.join(wrote)}\nnext:  {step}")
 
 
 @app.command()
@@ -100,12 +104,15 @@ def run(
     set_: SetOption = [],  # noqa: B006
     limit: LimitOption = None,
     part: PartOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Make the masks: synthesize, train, evaluate what is missing. On a local Ray, or on the cluster of RAY_ADDRESS."""
     from persona_pruner.run.main import Command
     from persona_pruner.run.main import run as run_command
 
-    command = Command(manifest=manifest, config=config, output=output, overrides=set_, limit=limit, part=part)
+    command = Command(
+        manifest=manifest, config=config, output=output, overrides=set_, limit=limit, part=part, as_json=as_json
+    )
     raise typer.Exit(run_command(command))
 
 
@@ -214,3 +221,5 @@ def list_(output: OutputArgument, as_json: JsonOption = False) -> None:
         losses = ("" if loss is None else f"{loss:.3f}" for loss in (one.unpruned_loss, one.masked_loss))
         table.add_row(one.persona_id, one.state, str(one.ratio or ""), *losses, str(one.bytes or ""))
     console.print(table, markup=False)
+    sizes = [one.bytes for one in listings if one.bytes]
+    say(f"{len(sizes)} masks of {len(listings)} personas, {sum(sizes):,} bytes in all")

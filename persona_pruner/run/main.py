@@ -1,5 +1,6 @@
 """The main job as a command: from file names to an exit status. The display shows before anything heavy is imported."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from persona_pruner.config.load import load_config
 from persona_pruner.errors import UserError
 from persona_pruner.run.part import WHOLE, Part
 from persona_pruner.run.progress import ProgressReporter
+from persona_pruner.run.status import status_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +28,15 @@ class Command:
     """Only these personas, e.g. 3/10."""
     synthesis: bool = True
     training: bool = True
+    as_json: bool = False
+    """The last status as JSON on stdout, and everything that is told on the way on stderr."""
 
 
 def run(command: Command) -> int:
     """Run the job to its end or to a stop. Raises UserError."""
     part = WHOLE if command.part is None else Part.parse(command.part)
     settings = load_config(command.config, command.overrides)
-    with ProgressReporter(Console()) as progress:
+    with ProgressReporter(Console(stderr=command.as_json)) as progress:
         progress.begin("checking the input")
         from persona_pruner.manifest import Manifest, read_manifest
         from persona_pruner.run.preflight import gpus_of_nodes, preflight
@@ -54,7 +58,10 @@ def run(command: Command) -> int:
             synthesis=command.synthesis,
             training=command.training,
         )
-        return run_job(request, progress)
+        code = run_job(request, progress)
+    if command.as_json:
+        print(json.dumps(status_of(progress), indent=1))
+    return code
 
 
 def exit_status(body: Callable[[], int]) -> int:

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from persona_pruner.backbone.channels import find_ffns
 from persona_pruner.backbone.compact import load_checkpoint
@@ -31,6 +32,13 @@ def cut(tmp_path):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"ffn_widths": WIDTHS}))
     return path, whole
+
+
+def test_loading_shows_no_bar_and_leaves_those_of_downloads_as_they_were(cut, capfd):
+    shown = transformers_logging.is_progress_bar_enabled()
+    load_checkpoint(cut[0])
+    assert "Loading weights" not in capfd.readouterr().err
+    assert transformers_logging.is_progress_bar_enabled() == shown
 
 
 def test_each_layer_has_the_width_and_the_weights_of_the_files(cut):

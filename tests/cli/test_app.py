@@ -19,3 +19,9 @@ def test_a_shell_completes_commands():
     command = [sys.executable, "-m", "persona_pruner"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | asked)
     assert done.stdout.split() == ["validate"]
+
+
+def test_the_help_begins_with_what_somebody_new_needs():
+    shown = run("--help").stdout
+    places = [shown.index(f" {command} ") for command in ("init", "run", "list", "pull", "serve", "config")]
+    assert places == sorted(places)

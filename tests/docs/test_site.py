@@ -3,15 +3,14 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import typer
+import yaml
+from pages import LANGUAGES, PAGES, ROOT, blocks_of, commands_of
 
 from persona_pruner.cli import app
-
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+from persona_pruner.config.load import check_config
 
 
 def test_site_builds_with_broken_links_as_errors(tmp_path):
@@ -23,11 +22,9 @@ def test_site_builds_with_broken_links_as_errors(tmp_path):
 
 
 def documented_commands():
-    for page in PAGES:
-        for block in re.findall(r"```\w*\n(.*?)```", page.read_text(), re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                if match := re.search(r"(?:^|\s|/)persona-pruner ([a-z]+)([^#|]*)", line):
-                    yield pytest.param(match[1], match[2], id=f"{page.name}: {match[1]}{match[2].rstrip()[:40]}")
+    for page in [*PAGES, ROOT / "cluster" / "README.md"]:
+        for command, rest in commands_of(page):
+            yield pytest.param(command, rest, id=f"{page.name}: {command}{rest.rstrip()[:40]}")
 
 
 @pytest.mark.parametrize(("command", "rest"), list(documented_commands()))
@@ -40,3 +37,17 @@ def test_documented_commands_and_options_exist(command, rest):
         command = command.commands[word]
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= known | {"--help"}
+
+
+def test_configurations_that_the_pages_show_are_valid():
+    shown = [block for page in PAGES for block in blocks_of(page) if block.language == "yaml"]
+    assert shown
+    for block in shown:
+        check_config(yaml.safe_load(block.text), str(block))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_says_what_it_is_and_commands_are_run_or_have_a_reason(page):
+    for block in blocks_of(page):
+        assert block.language in LANGUAGES, f"{block}: {block.language!r} is none of {LANGUAGES}"
+        assert block.language == "sh" or not re.search(r"^(make|ray|\S*persona-pruner) [a-z]", block.text, re.M), block

@@ -169,11 +169,22 @@ def refused_run(tmp_path, questions):
     return [tmp_path / "personas.jsonl", "--config", tmp_path / "run.yaml", "--output", tmp_path / "out"]
 
 
+SLOW_TO_IMPORT = """
+import runpy, sys
+sys.argv[:] = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("imported", *sorted({"ray", "deepspeed"} & set(sys.modules)))
+"""
+
+
 @pytest.mark.parametrize("command", ["plan", "submit", "job"])
 def test_every_way_to_start_refuses_with_nothing_written(tmp_path, refused_run, command):
     if command == "job":
-        words = [sys.executable, "jobs/prune_personas.py", *map(str, refused_run)]
+        words = [sys.executable, "-c", SLOW_TO_IMPORT, "jobs/prune_personas.py", *map(str, refused_run)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+        assert done.stdout.splitlines()[-1] == "imported"
     else:
         done = run(command, *refused_run)
     assert done.returncode == 2, done.stderr
