@@ -14,7 +14,17 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from persona_pruner.backbone.decoding import Prompt, Sampled, Sampling, choose, cut_at_end, empty_cache, masks_of_rows
+from persona_pruner.backbone.decoding import (
+    Decoder,
+    PaddedDecoder,
+    Prompt,
+    Sampled,
+    Sampling,
+    choose,
+    cut_at_end,
+    empty_cache,
+    masks_of_rows,
+)
 from persona_pruner.backbone.forward import BackboneRunner, PrefixCache, pad_rows
 
 
@@ -253,3 +263,13 @@ class SlotDecoder:
         )  # fmt: skip
         hidden: Tensor = self._backbone.enter(lambda: call().last_hidden_state)
         return hidden
+
+
+def decoder_for(
+    runner: BackboneRunner, sampling: Sampling, prompts: Sequence[Prompt], masks_MLI: Tensor | None = None
+) -> Decoder:
+    """The one for these prompts: behind shared prefixes where that gives exactly the plain model's distribution."""
+    longest = max((len(p.suffix) + len(p.draws_T) for p in prompts), default=0)
+    shareable = all(runner.can_share([prefix], longest) for prefix in {p.prefix for p in prompts})
+    decoder = SlotDecoder if shareable and SlotDecoder.supports(runner) else PaddedDecoder
+    return decoder(runner, sampling, masks_MLI)

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from persona_pruner.config.evaluation import AnswersConfig, EvaluationConfig
 from persona_pruner.config.learning import HalvingConfig, LearningConfig, ObjectiveConfig, StoppersConfig
-from persona_pruner.config.section import Count, Hashed, HashedContent, NonNegative, PoolBounds, Positive, Section
+from persona_pruner.config.section import Count, Hashed, NonNegative, PoolBounds, Positive, Section
 from persona_pruner.config.synthesis import (
     ActorsConfig,
     EnginesConfig,
@@ -20,6 +21,7 @@ from persona_pruner.config.synthesis import (
 
 __all__ = [
     "ActorsConfig",
+    "AnswersConfig",
     "BackboneConfig",
     "EnginesConfig",
     "EvaluationConfig",
@@ -132,17 +134,6 @@ class SchedulerConfig(Section):
     """Checkpoint and leave after this long (exit status 75); null is no limit."""
     lease_seconds: Positive = 30.0
     """A job that has not renewed its claim on the output for this long can be replaced by another."""
-
-
-class EvaluationConfig(Section):
-    enabled: bool = False
-    """Compare each mask with the baselines at the end (the quickstart's table)."""
-    conversations: str | None = None
-    """JSON Lines of persona_id, question, answer: text of the personas that the backbone did not write."""
-    max_rows: Count = 64
-    """Rows per persona and kind of text."""
-    questions: HashedContent[str | None] = None
-    """Directory of <persona_id>.json or <persona_id>.txt files: questions never used to make that persona's data."""
 
 
 class StorageConfig(Section):

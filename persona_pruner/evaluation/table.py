@@ -211,6 +211,12 @@ Call = Callable[[str, Sequence[Any]], Iterable[tuple[Any, Any]]]
 """Runs a method of the shard groups on each payload; gives (payload, answer) in any order, fewer if stopped."""
 
 
+def described(storage: Storage, persona_ids: Sequence[str]) -> list[Persona]:
+    """Personas as their masks describe them."""
+    masks = [Mask.from_bytes(storage.get(keys.mask(name)), keys.mask(name)) for name in persona_ids]
+    return [Persona(mask.metadata.persona_id, mask.metadata.persona_description) for mask in masks]
+
+
 def _global_key(storage: Storage, personas: Sequence[Persona]) -> str:
     """Where the global mask of exactly these masks' data is kept."""
     parts = [

@@ -27,7 +27,7 @@ from persona_pruner.masks.indices import load_keep_indices
 from persona_pruner.masks.weight_mask import WeightMask, read_mask
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import NotFoundError, Storage, check_key
-from persona_pruner.storage.open import open_storage
+from persona_pruner.storage.open import open_storage, read_parquet
 
 ORPHAN_SECONDS = 24 * 3600
 _CONDITION = re.compile(r"\s*(\w+)\s*(==|!=|<=|>=|<|>)\s*(.+?)\s*")
@@ -88,9 +88,18 @@ class MaskStore:
         return mask
 
     def where(self, conditions: Sequence[str]) -> list[str]:
-        """Ids of the masks whose metadata meet all conditions such as `ratio==0.5`. Raises ConfigError."""
-        table = select(build_catalog(self.storage, self.config.connections), conditions)
+        """Ids of the masks whose metadata and evaluation meet all conditions such as `ratio==0.5` or `judge>=75`; what
+        was not evaluated meets no condition on it. Raises ConfigError."""
+        table = select(self.table(), conditions)
         return list(table["persona_id"].to_pylist())
+
+    def table(self) -> pa.Table:
+        """The catalog with the columns of the evaluation, if there was one; null where a persona was not evaluated."""
+        catalog = build_catalog(self.storage, self.config.connections)
+        evaluated = read_evaluation(self.storage)
+        if evaluated is None:
+            return catalog
+        return catalog.join(evaluated, "persona_id", join_type="left outer", use_threads=False).sort_by("persona_id")
 
     def pull(self, persona_ids: Iterable[str], to: Path, *, indices: bool = False) -> Iterator[Pulled]:
         """Copy masks into a directory, `connections` at once, each verified and moved into place whole.
@@ -196,6 +205,14 @@ class MaskStore:
         if older or not self.storage.put_if_absent(key, mask.to_bytes()):
             raise MaskError(f"{self.storage.url}/{key}: another mask is there; remove it first")
         return mask
+
+
+def read_evaluation(storage: Storage) -> pa.Table | None:
+    """What the last evaluation says of each persona's mask: one row each; None where there was none."""
+    try:
+        return read_parquet(storage.get(keys.EVALUATION_SUMMARY))
+    except NotFoundError:
+        return None
 
 
 def select(table: pa.Table, conditions: Sequence[str]) -> pa.Table:

@@ -64,6 +64,19 @@ def run(command: Command) -> int:
     return code
 
 
+def evaluate_masks(
+    output: str, config: str, overrides: Sequence[str] = (), personas: Sequence[str] = (), sample: int | None = None
+) -> int:
+    """Evaluate an output's masks to the end or to a stop. Raises UserError."""
+    settings = load_config(config, overrides)
+    with ProgressReporter(Console()) as progress:
+        progress.begin("loading libraries")
+        from persona_pruner.run.evaluate import EvaluationRequest, run_evaluation
+
+        request = EvaluationRequest(config=settings, output=output, personas=tuple(personas), sample=sample)
+        return run_evaluation(request, progress)
+
+
 def exit_status(body: Callable[[], int]) -> int:
     """The status of a job's body; a user's fault becomes its lines on stderr and its status."""
     try:

@@ -7,7 +7,8 @@ from persona_pruner.activity import ANSWERING, SCORING
 
 TRAINING = "training"
 COMPARING = "comparing"
-UNITS = {SCORING: "questions", ANSWERING: "answers", TRAINING: "personas", COMPARING: "personas"}
+ASKING = "asking"
+UNITS = {SCORING: "questions", ANSWERING: "answers", TRAINING: "personas", COMPARING: "personas", ASKING: "personas"}
 
 
 @dataclass

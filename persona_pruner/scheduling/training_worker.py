@@ -19,6 +19,7 @@ from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData, read_persona_data, uses_unfinished_answers
 from persona_pruner.errors import MaskError, PersonaError, StorageError
 from persona_pruner.evaluation import table
+from persona_pruner.evaluation.answers import AnswerTask, answer_task
 from persona_pruner.learning.callbacks import TrainingCallbacks
 from persona_pruner.learning.methods.one_pass import OnePass
 from persona_pruner.learning.outcome import LearnedScores, Progress, TrainingResult, TrainingStatus
@@ -134,6 +135,14 @@ class TrainingWorker:
     def generic_activation(self) -> torch.Tensor:
         """The comparison's baseline, the same for all personas."""
         return table.generic_activation(self.backbone, self.config)
+
+    def answer(self, task: AnswerTask) -> str | None:
+        """Ask one persona under every arm and store its answers; what was wrong with it, if it could not be."""
+        try:
+            answer_task(self.backbone, self.config, self.storage, task)
+        except (PersonaError, MaskError) as error:
+            return str(error)
+        return None
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:

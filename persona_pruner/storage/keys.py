@@ -14,6 +14,10 @@ CHECKPOINTS = "checkpoints/"
 MASKS = "masks/"
 ERRORS = "errors/"
 EVALUATION = "evaluation/"
+EVALUATION_ANSWERS = "evaluation/answers/"
+EVALUATION_SUMMARY = "evaluation/summary.parquet"
+GLOBAL_MASKS = "evaluation/global/"
+REPORT = "report.html"
 LEASES = "lease/"
 
 
@@ -65,9 +69,14 @@ def evaluation(persona_id: str) -> str:
     return f"{EVALUATION}{persona_id}.json"
 
 
+def evaluation_answers(persona_id: str, digest: str = "") -> str:
+    """Answers of a persona under every arm, named by what decided them; without a digest, where they lie."""
+    return f"{EVALUATION_ANSWERS}{persona_id}/{f'{digest}.parquet' if digest else ''}"
+
+
 def global_mask(digest: str) -> str:
     """The evaluation's one mask for all personas, named by the data that it was learned from."""
-    return f"{EVALUATION}global/{digest}.safetensors"
+    return f"{GLOBAL_MASKS}{digest}.safetensors"
 
 
 def lease(epoch: int, part: str = "") -> str:

@@ -1,14 +1,11 @@
 """The questions by which a persona will be evaluated: they never enter its data."""
 
-import json
 import re
 from collections.abc import Collection
 from typing import Any
 
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.errors import PersonaError, StorageError
-from persona_pruner.storage.base import NotFoundError
-from persona_pruner.storage.open import read_url
+from persona_pruner.evaluation.questions import read_questions_file
 from persona_pruner.synthesis.sources import comparison_key
 
 _PUBLISHED_JOIN = re.compile(r"\s*\n\s*#{0,4}\s*Input:\s*", re.IGNORECASE)
@@ -16,27 +13,9 @@ _PUBLISHED_JOIN = re.compile(r"\s*\n\s*#{0,4}\s*Input:\s*", re.IGNORECASE)
 
 
 def read_evaluation_questions(config: RunConfig, persona_id: str) -> set[str]:
-    """Comparison keys of the persona's file under `evaluation.questions`. Raises PersonaError.
-
-    <id>.json holds a list of questions, or an object with such a list under `questions`; a question is a text, or an
-    object with instruction and input. <id>.txt holds one question a line.
-    """
-    directory = config.evaluation.questions
-    if directory is None:
-        return set()
+    """Comparison keys of the persona's file under `evaluation.questions`. Raises PersonaError."""
     joins = {source.join for source in config.synthesis.sources}
-    for name in (f"{persona_id}.json", f"{persona_id}.txt"):
-        url = f"{directory}/{name}"
-        try:
-            text = read_url(url, config.storage).decode("utf-8")
-            value = json.loads(text) if name.endswith(".json") else text.splitlines()
-        except NotFoundError:
-            continue
-        except (StorageError, ValueError) as error:
-            raise PersonaError("evaluation_questions", f"{url}: not readable: {error}") from None
-        questions = value.get("questions", []) if isinstance(value, dict) else value
-        return {key for question in questions for key in _keys(question, joins)}
-    return set()
+    return {key for question in read_questions_file(config, persona_id) for key in _keys(question, joins)}
 
 
 def _keys(question: Any, joins: Collection[str]) -> set[str]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from persona_pruner import activity
-from persona_pruner.backbone.continuous import SlotDecoder
-from persona_pruner.backbone.decoding import Decoder, PaddedDecoder, Prompt, Sampled, Sampling
+from persona_pruner.backbone.continuous import decoder_for
+from persona_pruner.backbone.decoding import Prompt, Sampled, Sampling
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.backbone.prompts import answer_tokens, persona_prefix, question_suffix
@@ -42,20 +42,12 @@ class SelfRewriter:
         world = self._backbone.world
         mine = order[world.rank :: world.size]
         self._runner.masks.set(None)
-        sampled = self._decoder(prompts).decode([prompts[i] for i in mine])
+        sampled = decoder_for(self._runner, self._sampling, prompts).decode([prompts[i] for i in mine])
         activity.count(activity.ANSWERING, done=len(mine), tokens=sum(len(each.tokens) for each in sampled))
         by_position: dict[int, Sampled] = {}
         for part in self._backbone.gather(dict(zip(mine, sampled, strict=True))):
             by_position |= part
         return [self._answer(by_position[i]) for i in range(len(requests))]
-
-    def _decoder(self, prompts: Sequence[Prompt]) -> Decoder:
-        """Behind a shared prefix where that gives exactly the plain model's distribution."""
-        longest = max((len(p.suffix) + len(p.draws_T) for p in prompts), default=0)
-        prefixes = {p.prefix for p in prompts}
-        shareable = all(self._runner.can_share([prefix], longest) for prefix in prefixes)
-        decoder = SlotDecoder if shareable and SlotDecoder.supports(self._runner) else PaddedDecoder
-        return decoder(self._runner, self._sampling)
 
     def _prompt(self, request: Request) -> Prompt:
         prompt, persona = self.config.prompt, request.persona

@@ -1,0 +1,62 @@
+"""Commands about what masks are worth: evaluate, report, gate."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from persona_pruner.cli.app import ConfigOption, JsonOption, OutputArgument, PersonaOption, SetOption, app, say
+from persona_pruner.errors import EXIT_PERSONAS_FAILED
+
+SampleOption = Annotated[int | None, typer.Option(min=1, help="Only so many personas, drawn by their ids.")]
+
+
+@app.command()
+def evaluate(
+    output: OutputArgument,
+    config: ConfigOption,
+    set_: SetOption = [],  # noqa: B006
+    persona: PersonaOption = [],  # noqa: B006
+    sample: SampleOption = None,
+) -> None:
+    """Ask personas held-out questions unpruned, under their own mask, one mask for all, another persona's and a
+    baseline's, and measure the answers. What is stored already is not asked again."""
+    from persona_pruner.run.main import evaluate_masks
+
+    raise typer.Exit(evaluate_masks(output, config, set_, persona, sample))
+
+
+@app.command()
+def report(output: OutputArgument) -> None:
+    """Write report.html below the output: one file that opens in any browser, without a network."""
+    from persona_pruner.evaluation.report.render import write_report
+    from persona_pruner.storage import keys
+    from persona_pruner.storage.open import open_storage
+
+    storage = open_storage(output)
+    storage.check_readable(keys.MASKS)
+    say(f"{storage.url}/{write_report(storage)}")
+
+
+@app.command()
+def gate(
+    output: OutputArgument,
+    min_: Annotated[list[str], typer.Option("--min", help="Least value, e.g. first=0.5; may be given again.")] = [],  # noqa: B006
+    max_: Annotated[list[str], typer.Option("--max", help="Most, e.g. rank=2; may be given again.")] = [],  # noqa: B006
+    as_json: JsonOption = False,
+) -> None:
+    """List the masks that do not reach what is asked of the evaluation's columns, or were not evaluated, and exit with
+    status 3 where there is one."""
+    from persona_pruner.evaluation.summary import failing
+    from persona_pruner.masks.store import MaskStore
+
+    table = MaskStore(output).table()
+    failures = failing(table, min_, max_)
+    if as_json:
+        print(json.dumps({"masks": table.num_rows, "failing": failures}, indent=1))
+    else:
+        for persona_id, reasons in failures.items():
+            say(f"{persona_id}: {', '.join(reasons)}")
+        say(f"{table.num_rows - len(failures)} of {table.num_rows} masks pass")
+    if failures:
+        raise typer.Exit(EXIT_PERSONAS_FAILED)

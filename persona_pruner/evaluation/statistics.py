@@ -1,0 +1,70 @@
+"""Means over personas with their intervals, and the headline: how much of what a baseline loses the own mask keeps.
+
+Figures of one persona are averaged first, so that resampling personas is a bootstrap clustered by persona.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`low` and `high` bound the 95% percentile interval; None where fewer than two personas were measured."""
+
+    value: float
+    low: float | None
+    high: float | None
+    personas: int
+
+
+@dataclass(frozen=True)
+class Headline:
+    share: Estimate
+    """Of the drop of the strongest baseline that the own mask removes: 1 - (unpruned - own) / (unpruned - baseline)
+    for scores, with the signs turned for losses."""
+    baseline: str
+
+
+def mean_estimate(values: Sequence[float]) -> Estimate:
+    """Mean of one figure per persona. Raises ValueError without any."""
+    array = np.asarray(values, dtype=float)
+    return _estimate((array,), lambda sample, axis=-1: sample.mean(axis))
+
+
+def headline(rows: Sequence[Mapping[str, float]], baselines: Sequence[str]) -> Headline | None:
+    """`rows`: one figure per persona for "unpruned", "own" and baselines, all better in the same direction.
+
+    The strongest baseline is the one with the smallest mean drop. None where nobody has all of them, or where that
+    baseline loses nothing.
+    """
+    names = [name for name in baselines if rows and all(name in row for row in rows)]
+    if not names or any("unpruned" not in row or "own" not in row for row in rows):
+        return None
+    columns = {name: np.array([row[name] for row in rows]) for name in ("unpruned", "own", *names)}
+    drops = {name: abs(columns[name].mean() - columns["unpruned"].mean()) for name in names}
+    strongest = min(drops, key=lambda name: drops[name])
+    if drops[strongest] < 1e-9:
+        return None
+
+    def share(unpruned: np.ndarray, own: np.ndarray, baseline: np.ndarray, axis: int = -1) -> np.ndarray:
+        whole = unpruned.mean(axis) - baseline.mean(axis)
+        return 1 - (unpruned.mean(axis) - own.mean(axis)) / np.where(whole == 0, np.nan, whole)
+
+    return Headline(_estimate((columns["unpruned"], columns["own"], columns[strongest]), share), strongest)
+
+
+def _estimate(columns: tuple[np.ndarray, ...], statistic: object) -> Estimate:
+    from scipy.stats import bootstrap
+
+    value = float(statistic(*columns))  # type: ignore[operator]
+    count = len(columns[0])
+    if count < 2:
+        return Estimate(value, None, None, count)
+    interval = bootstrap(
+        columns, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile", rng=0
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high), count)

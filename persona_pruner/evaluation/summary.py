@@ -1,0 +1,164 @@
+"""What an evaluation says of each persona: means over its answers by arm, and the columns that the catalog gets."""
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from statistics import fmean
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from persona_pruner.errors import ConfigError
+from persona_pruner.evaluation.answers import ARMS, SCHEMA
+from persona_pruner.evaluation.wording import distinct
+from persona_pruner.masks.store import select
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import ObjectInfo, Storage
+from persona_pruner.storage.open import read_parquet
+
+MEANS = ("ended", "words", "repetition", "own_loss", "rank", "similarity")
+MEASURES = (*MEANS, "distinct_1", "distinct_2", "first")
+"""Of one persona under one arm. `first`: share of answers for which its own description ranks first."""
+SHOWN = {
+    "ended": "ended", "words": "words", "repetition": "repeated", "distinct_2": "distinct", "own_loss": "loss",
+    "first": "first", "rank": "rank", "similarity": "similar",
+}  # fmt: skip
+COLUMNS = pa.schema(
+    [
+        ("persona_id", pa.string()),
+        ("answers", pa.int32()),
+        ("answers_loss", pa.float64()),
+        ("conversations_loss", pa.float64()),
+        ("rank", pa.float64()),
+        ("first", pa.float64()),
+        ("ended", pa.float64()),
+        ("repetition", pa.float64()),
+        ("distinct_2", pa.float64()),
+        ("similarity", pa.float64()),
+        ("passes", pa.int8()),
+    ]
+)
+"""The catalog's columns, of the persona's own mask; null where it was not measured. `passes` is 1 or 0."""
+
+
+def read_answers(
+    storage: Storage, connections: int = 16, persona_ids: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """The stored answers of each persona that was asked, in order of ids."""
+    wanted = None if persona_ids is None else set(persona_ids)
+    items = [
+        item
+        for item in storage.list(keys.EVALUATION_ANSWERS)
+        if wanted is None or keys.persona_of(item.key, keys.EVALUATION_ANSWERS) in wanted
+    ]
+
+    def read(item: ObjectInfo) -> pa.Table:
+        return read_parquet(storage.get(item.key)).cast(SCHEMA)
+
+    with ThreadPoolExecutor(connections) as pool:
+        for start in range(0, len(items), 64 * connections):
+            yield from pool.map(read, items[start : start + 64 * connections])
+
+
+def by_arm(answers: pa.Table) -> dict[str, dict[str, float | None]]:
+    """MEASURES of one persona's answers, by arm; None where nothing was measured."""
+    measures: dict[str, dict[str, float | None]] = {}
+    for arm in ARMS:
+        rows = answers.filter(pc.equal(answers["arm"], arm))
+        if not rows.num_rows:
+            continue
+        values: dict[str, float | None] = {name: pc.mean(rows[name].cast("float64")).as_py() for name in MEANS}
+        texts = rows["text"].to_pylist()
+        values |= {f"distinct_{n}": distinct(texts, n) for n in (1, 2)}
+        values["first"] = pc.mean(pc.equal(rows["rank"], 1).cast("float64")).as_py()
+        measures[arm] = values
+    return measures
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of what was measured; None where nothing was."""
+    measured = [value for value in values if value is not None]
+    return fmean(measured) if measured else None
+
+
+def stored_losses(storage: Storage) -> dict[str, dict[str, dict[str, float]]]:
+    """The job's comparison by persona, text and method, as far as it is stored."""
+    items = [item for item in storage.list(keys.EVALUATION) if item.key.count("/") == 1 and item.key.endswith(".json")]
+    with ThreadPoolExecutor(16) as pool:
+        values = pool.map(lambda item: json.loads(storage.get(item.key)), items)
+        return {value["persona_id"]: value["losses"] for value in values}
+
+
+def summarize(
+    answers: Iterable[pa.Table], losses: Mapping[str, Mapping[str, Mapping[str, float]]], conditions: Sequence[str]
+) -> pa.Table:
+    """A row of COLUMNS for each persona that was asked or compared. Raises ConfigError for a wrong condition."""
+    rows: dict[str, dict[str, Any]] = {}
+    for table in answers:
+        own = by_arm(table).get("own")
+        if own is not None:
+            persona_id = table["persona_id"][0].as_py()
+            rows[persona_id] = {name: value for name, value in own.items() if name in COLUMNS.names}
+            rows[persona_id]["answers"] = pc.sum(pc.equal(table["arm"], "own")).as_py()
+    for persona_id, by_text in losses.items():
+        row = rows.setdefault(persona_id, {})
+        row |= {f"{text}_loss": values["own"] for text, values in by_text.items() if "own" in values}
+    table = pa.Table.from_pylist([{"persona_id": name, **rows[name]} for name in sorted(rows)], COLUMNS)
+    passing = set(select(table, conditions)["persona_id"].to_pylist())
+    flags = pa.array([int(name in passing) for name in table["persona_id"].to_pylist()], pa.int8())
+    return table.set_column(COLUMNS.get_field_index("passes"), "passes", flags)
+
+
+def store_summary(storage: Storage, summary: pa.Table) -> None:
+    stream = io.BytesIO()
+    pq.write_table(summary, stream, compression="zstd")
+    storage.put(keys.EVALUATION_SUMMARY, stream.getvalue())
+
+
+def render(answers: Iterable[pa.Table]) -> Table:
+    """Means over personas of each arm's measures."""
+    arms: dict[str, list[dict[str, float | None]]] = {}
+    for one in answers:
+        for arm, values in by_arm(one).items():
+            arms.setdefault(arm, []).append(values)
+    shown = Table(title="Answers to held-out questions, means over personas", title_justify="left", box=None)
+    for name in ("arm", "personas", *SHOWN.values()):
+        shown.add_column(name, justify="left" if name == "arm" else "right")
+    for arm, rows in arms.items():
+        means = (mean(row[name] for row in rows) for name in SHOWN)
+        shown.add_row(arm, str(len(rows)), *("" if value is None else f"{value:.2f}" for value in means))
+    return shown
+
+
+def failing(table: pa.Table, least: Sequence[str], most: Sequence[str]) -> dict[str, list[str]]:
+    """Why each persona fails that does: a value below `least` or above `most` (texts such as rank=2), or none at all.
+
+    `table` is MaskStore.table(). Raises ConfigError where a bound is none, or of no column.
+    """
+    failures: dict[str, list[str]] = {}
+    for sign, bounds in ((1, least), (-1, most)):
+        for text in bounds:
+            name, bound = _bound(table, text)
+            for persona_id, value in zip(table["persona_id"].to_pylist(), table[name].to_pylist(), strict=True):
+                if value is None or sign * value < sign * bound:
+                    shown = "not evaluated" if value is None else f"{value:g}"
+                    failures.setdefault(persona_id, []).append(f"{name} {shown} ({text})")
+    return {persona_id: failures[persona_id] for persona_id in sorted(failures)}
+
+
+def _bound(table: pa.Table, text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    numeric = [
+        field.name for field in table.schema if pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
+    ]
+    try:
+        if name in numeric:
+            return name, float(value)
+    except ValueError:
+        pass
+    evaluated = "" if "first" in numeric else "; nothing was evaluated yet: persona-pruner evaluate"
+    raise ConfigError(f"{text!r}: write NAME=NUMBER with a name out of {', '.join(numeric)}{evaluated}")

@@ -1,0 +1,79 @@
+import json
+
+import pyarrow as pa
+import pytest
+from mask_examples import mask
+
+from persona_pruner.errors import UserError
+from persona_pruner.evaluation.answers import AnswerTask, store_answers
+from persona_pruner.evaluation.report import data
+from persona_pruner.evaluation.report.data import read_report_data
+from persona_pruner.evaluation.summary import COLUMNS, store_summary
+from persona_pruner.storage import keys
+from persona_pruner.storage.open import open_storage
+
+
+def answered(storage, persona_id, text="Aye."):
+    task = AnswerTask(persona_id=persona_id, other_id=None, candidates=(), global_key=None, digest="d")
+    rows = [
+        {"persona_id": persona_id, "arm": arm, "question": question, "text": f"{text} {arm}", "ended": True, "rank": 1,
+         "candidates": 3, "words": 2, "repetition": 0.0, "own_loss": 1.0, "similarity": 1.0}
+        for arm in ("unpruned", "own") for question in ("Why?", "Who?")
+    ]  # fmt: skip
+    store_answers(storage, task, rows)
+
+
+def compared(storage, persona_id, own):
+    losses = {"answers": {"unpruned": 1.0, "own": own, "global": 1.9}}
+    storage.put(keys.evaluation(persona_id), json.dumps({"persona_id": persona_id, "losses": losses}).encode())
+
+
+@pytest.fixture
+def output(tmp_path):
+    storage = open_storage(tmp_path)
+    for seed, persona_id in enumerate(("ada", "bo", "cy")):
+        storage.put(keys.mask(persona_id), mask(persona_id, seed=seed).to_bytes())
+    compared(storage, "ada", 1.2)
+    compared(storage, "bo", 1.7)
+    answered(storage, "bo")
+    store_summary(storage, pa.Table.from_pylist([{"persona_id": "bo", "rank": 1.0}], COLUMNS))
+    error = {"persona_id": "dee", "cause": "few_answers", "message": "only 2", "attempts": 1}
+    storage.put(keys.error("dee"), json.dumps(error).encode())
+    return storage
+
+
+def test_everything_is_found_and_who_lost_most_comes_first(output):
+    found = read_report_data(output)
+    assert [one.id for one in found.personas] == ["bo", "ada", "cy"]
+    bo = found.personas[0]
+    assert bo.loss == pytest.approx(0.7)
+    assert bo.kept == 0.4
+    assert bo.measures["own"]["first"] == 1
+    assert bo.columns["rank"] == 1.0
+    assert found.answers == {
+        "bo": [
+            {"question": question, "arms": {
+                arm: {"text": f"Aye. {arm}", "ended": True, "rank": 1, "of": 3} for arm in ("unpruned", "own")
+            }}
+            for question in ("Why?", "Who?")
+        ]
+    }  # fmt: skip
+    assert found.keep_PLI.shape == (3, 3, 100)
+    assert [error["persona_id"] for error in found.errors] == ["dee"]
+    assert found.run == found.status == {}
+
+
+def test_a_mask_that_does_not_verify_is_left_out(output):
+    output.put(keys.mask("ada"), output.get(keys.mask("ada"))[:-1] + b"?")
+    assert [one.id for one in read_report_data(output).personas] == ["bo", "cy"]
+
+
+def test_sample_answers_stop_at_their_size(output, monkeypatch):
+    answered(output, "ada", text="So " * 100)
+    monkeypatch.setattr(data, "ANSWER_BYTES", 900)
+    assert list(read_report_data(output).answers) == ["bo"]
+
+
+def test_an_output_without_masks_is_told(tmp_path):
+    with pytest.raises(UserError, match="no mask to report on"):
+        read_report_data(open_storage(tmp_path))
