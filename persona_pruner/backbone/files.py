@@ -1,6 +1,7 @@
 """The files of a backbone: where they are, what is wrong with a name, and a fingerprint of the weights."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _FINGERPRINT = "_backbone_fingerprint"
+RECOVERED = "recovered.json"
+"""Beside the weights of a backbone that was mended for the masks of another: the fingerprint of that one."""
 _WHERE = "give a local directory, an s3:// prefix or a Hugging Face name"
 
 
@@ -75,8 +78,12 @@ def _explain_hub(config: BackboneConfig, error: Exception) -> str:
 def fingerprint(path: str | Path) -> str:
     """sha256 (hex) over names, types, shapes and bytes of all weights, however they are split into files.
 
-    Configuration and tokenizer do not enter: they are rewritten by every release of the libraries.
+    Configuration and tokenizer do not enter: they are rewritten by every release of the libraries. A backbone that was
+    mended for its masks keeps the fingerprint under which they were made.
     """
+    recovered = Path(path) / RECOVERED
+    if recovered.is_file():
+        return str(json.loads(recovered.read_text(encoding="utf-8"))["fingerprint"])
     import torch
     from safetensors import safe_open
 

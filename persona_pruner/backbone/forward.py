@@ -140,10 +140,17 @@ class BackboneRunner:
             position_ids=begins_B[:, None] + torch.arange(length, device=tokens_BT.device),
         )
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits [N, V] of final hidden states, as the model's own forward gives them."""
-        config = self.model.config
-        out = self.backbone.enter(lambda: self.model.get_output_embeddings()(hidden_ND))
+    def logits(self, hidden_ND: Tensor, vocabulary_V: Tensor | None = None) -> Tensor:
+        """Logits [N, V] of final hidden states, as the model's own forward gives them; of some token ids only where
+        `vocabulary_V` (int64) names them."""
+        config, head = self.model.config, self.model.get_output_embeddings()
+        if vocabulary_V is None:
+            out = self.backbone.enter(lambda: head(hidden_ND))
+        else:
+            with self.backbone.gathered_parameters([p for p in (head.weight, head.bias) if p is not None]):
+                weight_VD = head.weight.detach().index_select(0, vocabulary_V)
+                bias_V = None if head.bias is None else head.bias.detach().index_select(0, vocabulary_V)
+            out = nn.functional.linear(hidden_ND, weight_VD, bias_V)
         scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         out = out if scale == 1 else out * scale
         cap = getattr(config, "final_logit_softcapping", None)

@@ -136,26 +136,31 @@ def lm_head_loss_and_grad(
     """Losses of each answer token, and the gradient of their weighted sum for the final hidden states `answers_ND`.
 
     For each chunk of answer positions, so that few logits exist at once:
-    1. logits [N, V] of the hidden states, and log q = log softmax of them in float32;
+    1. logits [N, V] of the hidden states (over the teacher's part of the vocabulary, where it has one and a gradient is
+       wanted), and log q = log softmax of them in float32;
     2. cross-entropy of the target tokens, and KL from the teacher's distribution p;
     3. grad_logits by formula: a (q - one-hot target) + b (q - p), times each token's weight;
     4. grad_logits back through the head, to the hidden states.
     """
     bounds = [round(i * len(answers_ND) / micro_batch.chunks) for i in range(micro_batch.chunks + 1)]
     teacher_rows = teacher.teacher_rows(micro_batch) if teacher is not None else None
+    vocabulary_V = teacher.vocabulary(runner, micro_batch) if teacher is not None and gradient else None
+    targets_N = (
+        micro_batch.targets_N if vocabulary_V is None else torch.searchsorted(vocabulary_V, micro_batch.targets_N)
+    )
     cross_entropy, divergence, grads = [], [], []
     for start, end in pairwise(bounds):
         chunk = slice(start, end)
         leaf = answers_ND[chunk].detach().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
-            logits_NV = runner.logits(leaf)
+            logits_NV = runner.logits(leaf, vocabulary_V)
         with torch.no_grad():
             logq_NV = logits_NV.detach().float().log_softmax(-1)
-            target_N1 = micro_batch.targets_N[chunk, None]
+            target_N1 = targets_N[chunk, None]
             cross_entropy.append(-logq_NV.gather(1, target_N1)[:, 0])
             grad_logits_NV = logq_NV.exp().mul_(objective.cross_entropy + (objective.distillation if teacher else 0))
             if teacher is not None and teacher_rows is not None:
-                teacher_probs_NV, kl_N = teacher.compare(runner, teacher_rows, chunk, logq_NV)
+                teacher_probs_NV, kl_N = teacher.compare(runner, teacher_rows, chunk, logq_NV, vocabulary_V)
                 divergence.append(kl_N)
                 grad_logits_NV.sub_(teacher_probs_NV, alpha=objective.distillation)
             else:

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.learning.batches import MicroBatch, MicroBatchConfig, TrainingExample, plan
+from persona_pruner.learning.encoding import seeded
 
 RowKey = tuple[str, int]
+LIKELIEST = 16
+"""Tokens per position that take part where only some of the vocabulary does."""
 
 
 class TeacherCache:
@@ -19,10 +22,14 @@ class TeacherCache:
 
     `top` None: the final hidden states that the logits come from (exact, D instead of V numbers per token). Otherwise
     the `top` largest log-probabilities of each position and their ids; the rest counts as one bucket.
+
+    `head_tokens`: distributions are compared over part of the vocabulary, which is another for every micro-batch: this
+    many tokens drawn once, and those that the unpruned model finds likeliest at its positions. The head, half of a
+    small model's step, costs accordingly less.
     """
 
-    def __init__(self, top: int | None = None) -> None:
-        self.top = top
+    def __init__(self, top: int | None = None, head_tokens: int | None = None) -> None:
+        self.top, self.head_tokens = top, head_tokens
         self.rows: dict[RowKey, tuple[Tensor, ...]] = {}
 
     @torch.no_grad()
@@ -46,15 +53,22 @@ class TeacherCache:
         if runner.backbone.sharded:
             states = _share(runner, examples, states)
         for key, rows_ND in states.items():
-            self.rows[key] = (rows_ND,) if self.top is None else self._largest(runner, rows_ND, settings)
+            if self.top is not None:
+                self.rows[key] = _largest(runner, rows_ND, self.top, settings)
+            elif self.head_tokens is not None:
+                self.rows[key] = (rows_ND, _largest(runner, rows_ND, LIKELIEST, settings)[1].int())
+            else:
+                self.rows[key] = (rows_ND,)
 
-    def _largest(self, runner: BackboneRunner, rows_ND: Tensor, settings: MicroBatchConfig) -> tuple[Tensor, ...]:
-        assert self.top is not None
-        chunks = [
-            runner.logits(chunk_ND).float().log_softmax(-1).topk(self.top, sorted=False)
-            for chunk_ND in rows_ND.split(settings.objective.logits_chunk)
-        ]
-        return torch.cat([chunk.values for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks])
+    def vocabulary(self, runner: BackboneRunner, micro_batch: MicroBatch) -> Tensor | None:
+        """Token ids (int64, ascending) over which a micro-batch is compared, its targets among them; None for all."""
+        if self.head_tokens is None:
+            return None
+        size = runner.model.get_output_embeddings().out_features
+        drawn = torch.randperm(size, generator=seeded("head tokens"))[: self.head_tokens]
+        likely = [self.rows[example.key][1].flatten() for example in micro_batch.examples]
+        device = micro_batch.targets_N.device
+        return torch.cat([drawn.to(device), micro_batch.targets_N, *(ids.to(device).long() for ids in likely)]).unique()
 
     def teacher_rows(self, micro_batch: MicroBatch) -> tuple[Tensor, ...]:
         """What is kept for the rows of a micro-batch, over its N answer positions."""
@@ -62,11 +76,16 @@ class TeacherCache:
         return tuple(torch.cat(values) for values in zip(*kept, strict=True))
 
     def compare(
-        self, runner: BackboneRunner, teacher_rows: tuple[Tensor, ...], chunk: slice, logq_NV: Tensor
+        self,
+        runner: BackboneRunner,
+        teacher_rows: tuple[Tensor, ...],
+        chunk: slice,
+        logq_NV: Tensor,
+        vocabulary_V: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """teacher_probs [N, V] such that d KL / d logits = q - teacher_probs, and KL(teacher || q) [N], of a chunk."""
         if self.top is None:
-            logp_NV = runner.logits(teacher_rows[0][chunk]).float().log_softmax(-1)
+            logp_NV = runner.logits(teacher_rows[0][chunk], vocabulary_V).float().log_softmax(-1)
             p_NV = logp_NV.exp()
             return p_NV, (p_NV * logp_NV.sub_(logq_NV)).sum(-1)
         logp_NK, ids_NK = teacher_rows[0][chunk], teacher_rows[1][chunk]
@@ -76,6 +95,15 @@ class TeacherCache:
         teacher_probs_NV = (logq_NV.exp() * (rest_p_N / rest_q_N)[:, None]).scatter_(1, ids_NK, p_NK)
         kl_N = (p_NK * (logp_NK - logq_NK)).sum(-1) + rest_p_N * (rest_p_N / rest_q_N).log()
         return teacher_probs_NV, kl_N
+
+
+def _largest(runner: BackboneRunner, rows_ND: Tensor, count: int, settings: MicroBatchConfig) -> tuple[Tensor, Tensor]:
+    """The largest log-probabilities of each position [N, count], and their token ids."""
+    chunks = [
+        runner.logits(chunk_ND).float().log_softmax(-1).topk(count, sorted=False)
+        for chunk_ND in rows_ND.split(settings.objective.logits_chunk)
+    ]
+    return torch.cat([chunk.values for chunk in chunks]), torch.cat([chunk.indices for chunk in chunks])
 
 
 def _share(

@@ -61,14 +61,11 @@ class MaskTrainer:
     def __init__(self, backbone: Backbone, config: RunConfig) -> None:
         self.backbone, self.config, self.learning = backbone, config, config.learning
         self.settings = MicroBatchConfig.of(config, backbone.device)
-        self.teacher = TeacherCache(config.learning.objective.top_logits) if self._distils else None
-        self.generic = generic_data(backbone, config) if config.learning.objective.generic else None
+        objective = config.learning.objective
+        self.teacher = TeacherCache(objective.top_logits, objective.head_tokens) if objective.distillation else None
+        self.generic = generic_data(backbone, config) if objective.generic else None
         with BackboneRunner(backbone) as runner:
             runner.check_head()
-
-    @property
-    def _distils(self) -> bool:
-        return self.learning.objective.distillation > 0
 
     def train(
         self,

@@ -5,7 +5,8 @@
 
 Half of the personas come from ../shared/data (conversations of RoleBench and Character-LLM), half from
 manifests/smollm2. Every stage is kept in --cache: answers, then masks, then the loss of every token; a rerun goes on
-where it stopped. Losses are reported over all answer tokens, and over the tenth whose log-probability the description
+where it stopped. `own, mended backbone` are the own masks on the checkpoint of jobs/recover_backbone.py.
+Losses are reported over all answer tokens, and over the tenth whose log-probability the description
 changes most.
 
 Shapes: L layers, I FFN channels, N answer tokens of a row.
@@ -34,15 +35,17 @@ from persona_pruner.config.load import load_config
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData, Row
 from persona_pruner.evaluation.table import read_conversations
-from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, plan
+from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample
 from persona_pruner.learning.budgets import free_widths, kept_channels
 from persona_pruner.learning.callbacks import TrainingCallbacks
 from persona_pruner.learning.encoding import encode, encode_rows
 from persona_pruner.learning.estimators import topk_mask
 from persona_pruner.learning.fisher import fisher_scores
-from persona_pruner.learning.objective import answer_states, mask_gradient
+from persona_pruner.learning.objective import mask_gradient
 from persona_pruner.learning.outcome import LearnedScores, TrainingResult
+from persona_pruner.learning.persona_tokens import NOBODY, decided_tokens, token_losses
 from persona_pruner.learning.pooled import global_config, pooled_config, train_pooled
+from persona_pruner.learning.shared_recovery import Masked, recover, save_recovered
 from persona_pruner.learning.teacher import TeacherCache
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.learning.training_free import activation
@@ -55,8 +58,10 @@ EXAMPLE = Path(__file__).parents[2] / "manifests" / "smollm2"
 ROLEPLAY = ("rolebench-af277108fc", "rolebench-62726ebf77", "rolebench-3938a5ad79", "character-llm-40d00d6c80")
 PUBLISHED = "activation, generic"
 FREE_OF_TRAINING = (PUBLISHED, "activation, own", "fisher, own, uniform", "fisher, own, free")
-NOBODY = "A helpful assistant."
 FISHER_ROWS = 48
+MENDED = "own, mended backbone"
+MENDING_STEPS = 30
+MENDING_RATES = {0.25: 0.01, 0.5: 0.02}
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,18 @@ def learned(
     }
 
 
+def mended(config: RunConfig, people: Sequence[Speaker], own: dict[str, Tensor], to: Path) -> Backbone:
+    """The backbone whose gains are learned under all own masks, kept in `to`."""
+    if not to.exists():
+        backbone = load_backbone(config.backbone, deepspeed=False)
+        masked = [Masked(who.data, own[who.id]) for who in people]
+        steps = min(MENDING_STEPS, config.learning.pooled_steps)
+        losses = list(recover(backbone, config, masked, steps, MENDING_RATES.get(config.learning.ratio, 0.01)))
+        save_recovered(backbone, to)
+        print(f"{to.name}: made, {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
+    return load_backbone(config.backbone.model_copy(update={"path": str(to)}), deepspeed=False)
+
+
 class TokenLosses:
     """Loss of every answer token, by row; kept on disk."""
 
@@ -219,23 +236,13 @@ class TokenLosses:
             save_file({f"{number:04d}": row_N for number, row_N in enumerate(rows_N)}, file)
         return [row_N for _, row_N in sorted(load_file(file).items())]
 
-    @torch.no_grad()
     def _measure(self, rows: Sequence[Row], description: str, keep_LI: Tensor | None) -> list[Tensor]:
         config, backbone = self.config, self.backbone
         prefix = persona_prefix(backbone.tokenizer, config.prompt, description)
         encoded = encode_rows(backbone.tokenizer, config.prompt, description, rows, config.learning.max_row_tokens)
-        examples = [TrainingExample(0, ("", number), row, 1.0) for number, row in enumerate(encoded)]
-        losses: dict[tuple[str, int], Tensor] = {}
         with BackboneRunner(backbone) as runner:
-            runner.masks.set(None if keep_LI is None else keep_LI.float())
-            micro_batches, shared = plan(runner, examples, [prefix], MicroBatchConfig.of(config, backbone.device))
-            prefix_cache = runner.prefix([prefix]) if shared else None
-            for micro_batch in micro_batches:
-                logits_NV = runner.logits(answer_states(runner, micro_batch, prefix_cache)).float()
-                loss_N = torch.nn.functional.cross_entropy(logits_NV, micro_batch.targets_N, reduction="none")
-                for example, row_N in zip(micro_batch.examples, micro_batch.split(loss_N), strict=True):
-                    losses[example.key] = row_N.clone()
-        return [losses[example.key] for example in examples]
+            losses = token_losses(runner, prefix, encoded, keep_LI, MicroBatchConfig.of(config, backbone.device))
+        return [row_N.clone() for row_N in losses]
 
 
 def difference(better: Sequence[Tensor], worse: Sequence[Tensor], chosen: Sequence[Tensor]) -> tuple[float, float]:
@@ -249,7 +256,11 @@ def difference(better: Sequence[Tensor], worse: Sequence[Tensor], chosen: Sequen
 
 
 def compare(
-    people: Sequence[Speaker], masks: dict[str, dict[str, Tensor]], losses: TokenLosses, ratio: float
+    people: Sequence[Speaker],
+    masks: dict[str, dict[str, Tensor]],
+    losses: TokenLosses,
+    mended_losses: TokenLosses,
+    ratio: float,
 ) -> dict[str, float]:
     """Print the tables of one ratio; the figures for the last line."""
     found: dict[str, float] = {}
@@ -257,6 +268,8 @@ def compare(
         by_method = {"unpruned": [losses.of(who, text, "unpruned", None) for who in people]}
         for method, keeps in masks.items():
             by_method[method] = [losses.of(who, text, f"{method}-{ratio}", keeps[who.id]) for who in people]
+        own = masks["own"]
+        by_method[MENDED] = [mended_losses.of(who, text, f"{MENDED}-{ratio}", own[who.id]) for who in people]
         nobody = [losses.of(who, text, "nobody", None, NOBODY) for who in people]
         every = [[torch.ones_like(row_N, dtype=torch.bool) for row_N in rows] for rows in nobody]
         tenth = [_tenth(told, untold) for told, untold in zip(by_method["unpruned"], nobody, strict=True)]
@@ -268,8 +281,8 @@ def compare(
             published, unpruned = means.get(PUBLISHED, means[method])[0], means["unpruned"][0]
             removed = 1 - (means[method][0] - unpruned) / (published - unpruned) if published > unpruned else math.nan
             print(f"{method:<24}{means[method][0]:>8.3f}{means[method][1]:>9.3f}{removed:>9.1%}")
-            if method == "own":
-                found[f"removed_{text}"] = removed
+            if method in ("own", MENDED):
+                found[f"removed_{text}" if method == "own" else f"removed_mended_{text}"] = removed
         for rival in ("pooled, further steps", "other"):
             for scope, chosen in (("all", every), ("persona", tenth)):
                 pairs = [difference(*each) for each in zip(by_method["own"], by_method[rival], chosen, strict=True)]
@@ -284,9 +297,7 @@ def compare(
 
 
 def _tenth(told: Sequence[Tensor], untold: Sequence[Tensor]) -> list[Tensor]:
-    change = [(a - b).abs() for a, b in zip(told, untold, strict=True)]
-    least = torch.cat(change).quantile(0.9)
-    return [row_N >= least for row_N in change]
+    return decided_tokens([(a - b).abs() for a, b in zip(told, untold, strict=True)])
 
 
 def _mean(people: Sequence[Sequence[Tensor]], chosen: Sequence[Sequence[Tensor]]) -> float:
@@ -310,7 +321,8 @@ def matmul_share(backbone: Backbone, config: RunConfig, who: Speaker) -> float:
     with BackboneRunner(backbone) as runner:
         ffn = runner.masks.ffns[0].inputs[0].weight
         states_TD = torch.randn(sum(len(e.row.tokens) for e in examples), ffn.shape[1]).to(ffn.dtype)
-        teacher = TeacherCache(config.learning.objective.top_logits)
+        objective = config.learning.objective
+        teacher = TeacherCache(objective.top_logits, objective.head_tokens)
         teacher.collect(runner, encoded.prefixes[0], examples, settings)
         masks_PLI = (torch.rand(1, runner.masks.layers, runner.masks.channels) > 0.5).float()
 
@@ -354,9 +366,12 @@ def main() -> None:
         at = config.model_copy(update={"learning": config.learning.model_copy(update={"ratio": ratio})})
         masks = free_of_training(backbone, at, people, options.cache, generic(min(options.answers, 128)))
         masks |= learned(backbone, at, people, options.cache)
-        found = compare(people, masks, TokenLosses(backbone, at, options.cache), ratio)
+        better = mended(at, people, masks["own"], options.cache / f"mended-{ratio}")
+        kept_losses = [TokenLosses(each, at, options.cache) for each in (backbone, better)]
+        found = compare(people, masks, kept_losses[0], kept_losses[1], ratio)
         percent = round(100 * ratio)
         result[f"removed_real_{percent}"] = found["removed_conversations"]
+        result[f"removed_real_mended_{percent}"] = found["removed_mended_conversations"]
         for rival in ("global", "other"):
             result[f"own_beats_{rival}_{percent}"] = found[f"wins_{rival}_conversations_all"]
         result |= {f"{name}_{percent}": value for name, value in found.items()}

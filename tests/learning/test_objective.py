@@ -17,7 +17,7 @@ from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone, load_backbone
 from persona_pruner.config.schema import BackboneConfig, ObjectiveConfig
 from persona_pruner.errors import BackboneError
-from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample
+from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, plan
 from persona_pruner.learning.encoding import EncodedData, encode
 from persona_pruner.learning.objective import mask_gradient, mask_losses
 from persona_pruner.learning.teacher import TeacherCache
@@ -69,7 +69,8 @@ def fast(
         for n, row in enumerate(persona.train)
     ]
     with BackboneRunner(backbone, **options) as runner:
-        teacher = TeacherCache(settings.objective.top_logits) if settings.objective.distillation else None
+        objective = settings.objective
+        teacher = TeacherCache(objective.top_logits, objective.head_tokens) if objective.distillation else None
         if teacher:
             for slot, prefix in enumerate(prefixes):
                 own = [replace(example, slot=0) for example in examples if example.slot == slot]
@@ -111,6 +112,27 @@ def test_personas_with_prefixes_of_different_lengths_share_a_step(tmp_path, fami
     personas, masks = encoded(backbone, ["Al", "Barbara", "Cyril"]), some_masks(backbone, 3)
     assert len({len(persona.prefixes[0]) for persona in personas}) == 3
     assert_same(fast(backbone, masks, personas, MicroBatchConfig(BOTH)), naive(backbone, masks, personas, BOTH))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_a_head_of_all_tokens_is_exact_and_a_part_of_them_comes_close(tmp_path, family):
+    backbone = tiny(tmp_path, family)
+    personas, masks = encoded(backbone, ["Al", "Barbara"]), some_masks(backbone, 2)
+    every = ObjectiveConfig(head_tokens=backbone.model.config.vocab_size)
+    exact = naive(backbone, masks, personas, ObjectiveConfig())
+    assert_same(fast(backbone, masks, personas, MicroBatchConfig(every)), exact)
+    some = MicroBatchConfig(ObjectiveConfig(head_tokens=16))
+    examples = [TrainingExample(0, ("Al", n), row, 1 / 99) for n, row in enumerate(personas[0].train)]
+    with BackboneRunner(backbone) as runner:
+        teacher = TeacherCache(head_tokens=16)
+        teacher.collect(runner, personas[0].prefixes[0], examples, some)
+        vocabulary = teacher.vocabulary(runner, plan(runner, examples, personas[0].prefixes, some)[0][0])
+        found, losses = mask_gradient(runner, masks[:1], personas[0].prefixes, examples, some, teacher)
+        assert mask_losses(runner, masks[:1], personas[0].prefixes, examples, some, teacher).total > 0
+    assert vocabulary is not None
+    assert 16 < len(vocabulary) < 256
+    assert losses.total > 0
+    assert F.cosine_similarity(found[0].flatten(), exact[1][0].flatten(), dim=0) > 0.8
 
 
 @pytest.mark.parametrize("names", [["Ann"], ["Al", "Barbara"]])

@@ -1,0 +1,54 @@
+"""Mend a backbone for the masks of an output: gains that are learned under all of them and multiplied into its weights.
+
+    python jobs/recover_backbone.py manifests/smollm2/personas.jsonl \
+        --config manifests/smollm2/run.yaml --output runs/smollm2 --to runs/smollm2-backbone
+
+The result is a plain checkpoint that takes the backbone's place wherever the masks of that output are used (serving,
+export, `chat`). One process, no Ray; the masks do not change. Without its masks it is not the original model any more.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from persona_pruner.run.main import exit_status
+
+
+def recover(
+    manifest: Annotated[str, typer.Argument(help="Persona rows: .jsonl, .csv or .parquet, local or s3://.")],
+    config: Annotated[str, typer.Option(help="Run configuration (YAML) of the output.")],
+    output: Annotated[str, typer.Option(help="Where data and masks are: a directory or s3://bucket/prefix.")],
+    to: Annotated[Path, typer.Option(help="Directory of the mended backbone; must not exist yet.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps, each of two personas' rows.")] = 40,
+    rate: Annotated[float, typer.Option(min=0, help="Adam's rate for the gains.")] = 0.02,
+    personas: Annotated[int, typer.Option(min=1, help="Masks to learn under, the first of the manifest.")] = 16,
+    set_: Annotated[list[str], typer.Option("--set", help="Override a setting.")] = [],  # noqa: B006
+) -> None:
+    raise typer.Exit(exit_status(lambda: run(manifest, config, output, to, (steps, rate, personas), set_)))
+
+
+def run(manifest: str, config: str, output: str, to: Path, amount: tuple[int, float, int], overrides: list[str]) -> int:
+    from persona_pruner.backbone.load import load_backbone
+    from persona_pruner.config.load import load_config
+    from persona_pruner.learning.shared_recovery import check_free, masked_personas, recover, save_recovered
+    from persona_pruner.manifest import read_manifest
+    from persona_pruner.storage.open import open_storage
+
+    settings, (steps, rate, personas) = load_config(config, overrides), amount
+    check_free(to)
+    masked = masked_personas(
+        settings, read_manifest(manifest).personas, open_storage(output, settings.storage), personas
+    )
+    backbone = load_backbone(settings.backbone, deepspeed=False)
+    print(f"mending {backbone.name} under {len(masked)} masks, {steps} steps", flush=True)
+    for step, loss in enumerate(recover(backbone, settings, masked, steps, rate), 1):
+        if step == 1 or step % 10 == 0:
+            print(f"step {step}: {loss:.4f} nats per token", flush=True)
+    save_recovered(backbone, to)
+    print(f"written to {to}; use it with --set backbone.path={to}")
+    return 0
+
+
+if __name__ == "__main__":
+    typer.run(recover)

@@ -1,0 +1,197 @@
+"""One mended backbone for all masks of a run: gains of channels and norms that make up for what masks take away.
+
+Masks stay what they are, a few kilobytes each. What they cost is partly the same for all of them, and that part is
+learned once, under the personas' own masks and on their rows, and multiplied into the weights: the result is a
+checkpoint of the same architecture which takes the place of the backbone wherever its masks are used.
+
+Shapes: P personas of a step, L layers, I channels, D width of a module's output.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from persona_pruner.backbone.channels import find_ffns
+from persona_pruner.backbone.files import RECOVERED
+from persona_pruner.backbone.forward import BackboneRunner
+from persona_pruner.backbone.load import Backbone
+from persona_pruner.config.schema import RunConfig
+from persona_pruner.dataset import PersonaData, read_persona_data, uses_unfinished_answers
+from persona_pruner.errors import BackboneError, MaskError
+from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, examples_by_prefix
+from persona_pruner.learning.encoding import EncodedData, batch, encode
+from persona_pruner.learning.objective import mask_gradient
+from persona_pruner.learning.teacher import TeacherCache
+from persona_pruner.manifest import Persona
+from persona_pruner.masks.format import Mask
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import Storage
+
+PERSONAS_PER_STEP = 2
+WARM_UP_STEPS = 5
+NORM_RATE = 0.5
+"""Rate of the norms' gains, which all channels of a block feel, as a part of the others'."""
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A persona's rows and its mask, bool [L, I]."""
+
+    data: PersonaData
+    keep_LI: Tensor
+
+
+class Gains:
+    """Factors, 1 at first: of every FFN channel, of the gates before their activation, and of the norms' outputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.ffns = find_ffns(model)
+        layers, channels = len(self.ffns), self.ffns[0].channels
+        self.channels_LI = torch.ones(layers, channels)
+        gates = [ffn.inputs[0] for ffn in self.ffns if len(ffn.inputs) == 2]
+        norms = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))]
+        self._gates = len(gates)
+        self.modules: list[Any] = [*gates, *(norm for norm in norms if getattr(norm, "weight", None) is not None)]
+        self.outputs = [torch.ones(len(module.weight), requires_grad=True) for module in self.modules]
+
+    def of_channels(self) -> list[Tensor]:
+        return [self.channels_LI, *self.outputs[: self._gates]]
+
+    def of_norms(self) -> list[Tensor]:
+        return self.outputs[self._gates :]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the modules' outputs are multiplied, with a graph to `outputs`; channels are the masks' matter."""
+
+        def hook(gain_D: Tensor) -> Any:
+            return lambda module, inputs, output: output * gain_D.to(output.dtype)
+
+        hooks = [
+            module.register_forward_hook(hook(gain)) for module, gain in zip(self.modules, self.outputs, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for each in hooks:
+                each.remove()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Multiply the gains into the weights, in place."""
+        for ffn, gain_I in zip(self.ffns, self.channels_LI, strict=True):
+            ffn.output.weight.copy_(ffn.output.weight.float() * gain_I)
+        for module, gain_D in zip(self.modules, self.outputs, strict=True):
+            scale = gain_D[:, None] if module.weight.ndim == 2 else gain_D
+            offset = _weight_offset(module)
+            module.weight.copy_((module.weight.float() + offset) * scale - offset)
+            if getattr(module, "bias", None) is not None:
+                module.bias.copy_(module.bias.float() * gain_D)
+
+
+def masked_personas(config: RunConfig, personas: Sequence[Persona], storage: Storage, count: int) -> list[Masked]:
+    """The first `count` of the personas that have a mask in the output. Raises MaskError where none has one."""
+    masked: list[Masked] = []
+    for persona in personas:
+        if len(masked) < count and storage.exists(key := keys.mask(persona.id)):
+            mask = Mask.from_bytes(storage.get(key), f"{storage.url}/{key}")
+            data = read_persona_data(storage, persona, unfinished=uses_unfinished_answers(config))
+            masked.append(Masked(data, mask.keep_LI))
+    if not masked:
+        raise MaskError(f"{storage.url}: has no mask of the {len(personas)} personas; make masks first")
+    return masked
+
+
+def recover(
+    backbone: Backbone, config: RunConfig, masked: Sequence[Masked], steps: int, rate: float
+) -> Iterator[float]:
+    """Learn gains and at the end fold them into `backbone`, in place. Yields every step's loss, nats per token.
+
+    Adam at `rate`, going down to 0 linearly; a step has the usual number of rows, of two personas under their masks.
+    Raises BackboneError for a sharded backbone, PersonaError for rows that cannot be used.
+    """
+    if backbone.sharded:
+        raise BackboneError("recovery needs the whole backbone in one process: groups.shards = 1")
+    settings, learning = MicroBatchConfig.of(config, backbone.device), config.learning
+    encoded = [encode(backbone.tokenizer, config.prompt, each.data, learning.max_row_tokens) for each in masked]
+    gains = Gains(backbone.model)
+    teacher = TeacherCache(learning.objective.top_logits, learning.objective.head_tokens)
+    groups = [{"params": gains.of_channels(), "factor": 1.0}, {"params": gains.of_norms(), "factor": NORM_RATE}]
+    optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95), eps=1e-12)
+    with BackboneRunner(backbone) as runner:
+        for each in encoded:
+            for prefix, examples in examples_by_prefix(each):
+                teacher.collect(runner, prefix, examples, settings)
+        for step in range(steps):
+            now = rate * min((step + 1) / WARM_UP_STEPS, 1) * (1 - step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = now * group["factor"]
+            optimizer.zero_grad()
+            chosen = [(step * PERSONAS_PER_STEP + n) % len(masked) for n in range(min(PERSONAS_PER_STEP, len(masked)))]
+            keep_PLI = torch.stack([masked[number].keep_LI for number in chosen]).float()
+            visit = step * PERSONAS_PER_STEP // len(masked)
+            examples = list(
+                _examples([encoded[number] for number in chosen], learning.rows_per_step, visit, learning.seed)
+            )
+            prefixes = [encoded[number].prefixes[0] for number in chosen]
+            with gains.applied():
+                grad_PLI, loss = mask_gradient(
+                    runner, keep_PLI * gains.channels_LI, prefixes, examples, settings, teacher
+                )
+            gains.channels_LI.grad = (grad_PLI * keep_PLI).sum(0)
+            optimizer.step()
+            yield float(loss.total.sum())
+    gains.fold()
+
+
+def save_recovered(backbone: Backbone, to: Path) -> None:
+    """Write the checkpoint; what was made for the backbone that it comes from is taken to be made for it too.
+
+    Raises BackboneError where `to` is in use; nothing is left in `to` where writing fails.
+    """
+    check_free(to)
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model: Any = backbone.model
+        model.save_pretrained(partial)
+        backbone.tokenizer.save_pretrained(partial)
+        (partial / RECOVERED).write_text(json.dumps({"fingerprint": backbone.fingerprint}), encoding="utf-8")
+        if to.exists():
+            to.rmdir()
+        partial.rename(to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(to: Path) -> None:
+    if to.exists() and any(to.iterdir()):
+        raise BackboneError(f"{to}: not empty; give a directory that does not exist yet")
+
+
+def _examples(encoded: Sequence[EncodedData], rows: int, step: int, seed: int) -> Iterator[TrainingExample]:
+    for slot, each in enumerate(encoded):
+        numbers = batch(len(each.train), max(rows // len(encoded), 1), step, seed, each.sha256)
+        tokens = sum(each.train[n].answer for n in numbers) * len(encoded)
+        for n in numbers:
+            yield TrainingExample(slot, (each.persona_id, n), each.train[n], 1 / tokens)
+
+
+def _weight_offset(module: Any) -> float:
+    """What a norm adds to its weights: Gemma's multiply by 1 + weight."""
+    if module.weight.ndim == 2:
+        return 0.0
+    kept = module.weight.clone()
+    probe_D = torch.linspace(-1, 1, len(kept), device=kept.device, dtype=kept.dtype)
+    module.weight.zero_()
+    without_D = module(probe_D)
+    module.weight.copy_(kept)
+    bias_D = getattr(module, "bias", None)
+    return float((without_D - (0 if bias_D is None else bias_D)).abs().max() > 0)

@@ -1,0 +1,55 @@
+import pytest
+import torch
+from tiny_models import persona_data, save_tiny, tiny_config
+from transformers import AutoModelForCausalLM
+
+from persona_pruner.backbone.channels import ChannelMasks
+from persona_pruner.backbone.files import fingerprint
+from persona_pruner.backbone.load import load_backbone
+from persona_pruner.config.schema import BackboneConfig
+from persona_pruner.errors import BackboneError, MaskError
+from persona_pruner.learning.shared_recovery import Gains, Masked, masked_personas, recover, save_recovered
+from persona_pruner.manifest import Persona
+from persona_pruner.storage.open import open_storage
+
+
+def loaded(path):
+    return load_backbone(BackboneConfig(path=str(path)), deepspeed=False)
+
+
+def test_a_mended_backbone_does_better_under_every_mask_and_takes_the_first_ones_place(tmp_path):
+    path = save_tiny(tmp_path / "first")
+    backbone, config = loaded(path), tiny_config()
+    drawn = torch.rand(2, 3, 64, generator=torch.Generator().manual_seed(0)) > 0.5
+    masked = [Masked(persona_data(name), keep) for name, keep in zip(("Ann", "Bo"), drawn, strict=True)]
+    losses = list(recover(backbone, config, masked, 30, 0.02))
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    save_recovered(backbone, tmp_path / "mended")
+    assert fingerprint(tmp_path / "mended") == fingerprint(path) == loaded(tmp_path / "mended").fingerprint
+    with pytest.raises(BackboneError, match="not empty"):
+        save_recovered(backbone, tmp_path / "mended")
+    assert [file.name for file in tmp_path.glob(".*")] == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox"])
+def test_folded_weights_compute_what_the_gains_do(tmp_path, family):
+    path = save_tiny(tmp_path / family, family)
+    backbone = loaded(path)
+    gains, tokens = Gains(backbone.model), torch.arange(20)[None]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for gain in (gains.channels_LI, *gains.outputs):
+            gain.copy_(1 + 0.2 * torch.randn(gain.shape))
+        with gains.applied(), ChannelMasks(backbone.model) as masks:
+            masks.set(gains.channels_LI)
+            expected = backbone.model(tokens).logits
+        gains.fold()
+        save_recovered(backbone, tmp_path / "mended")
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "mended")
+        assert torch.allclose(plain(tokens).logits, expected, atol=1e-3)
+        assert not torch.allclose(AutoModelForCausalLM.from_pretrained(path)(tokens).logits, expected, atol=1e-2)
+
+
+def test_an_output_without_masks_is_refused(tmp_path):
+    with pytest.raises(MaskError, match="no mask of the 1 personas"):
+        masked_personas(tiny_config(), [Persona("ann", "Ann")], open_storage(tmp_path), 4)
