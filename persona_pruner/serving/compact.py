@@ -5,7 +5,7 @@ own mask inside it. For a single persona the union is its mask, and nothing is l
 (`learning.core`) have small unions; independent ones do not, and sets wider than WORTH_IT are not gathered.
 Python decides per step, so the engine must run eagerly, with whole layers on one rank.
 
-Shapes: T tokens, L layers, I channels, U channels of a union (padded), M personas of a set, N bytes.
+Shapes: T tokens, L layers, I channels, U channels of a union (padded), M personas of a set and row 0, N bytes.
 """
 
 import functools
@@ -43,7 +43,7 @@ class _Layer:
 @dataclass(frozen=True)
 class _Gathered:
     members: dict[str, int]
-    """Row of each mask's digest in `bits_MN`."""
+    """Row of each mask's digest in `bits_MN`, from 1: to the operator row 0 keeps every channel."""
     layers: list[_Layer]
     width: int
     bytes: int
@@ -130,12 +130,12 @@ class CompactFfns:
             union = np.flatnonzero(keep_MLI[:, number].any(0))
             gate_up, down = _gathered_weights(ffn, torch.from_numpy(union))
             bits_MN = np.packbits(keep_MLI[:, number][:, union], axis=1, bitorder="little")
-            bits_MN = np.pad(bits_MN, ((0, 0), (0, down.shape[1] // 8 - bits_MN.shape[1])))
+            bits_MN = np.pad(bits_MN, ((1, 0), (0, down.shape[1] // 8 - bits_MN.shape[1])), constant_values=255)
             table = torch.from_numpy(bits_MN).to(down.device)
             layers.append(_Layer(_linear(gate_up), _linear(down), table))
             width += len(union)
             size += (gate_up.numel() + down.numel()) * down.element_size()
-        return _Gathered({digest: row for row, digest in enumerate(digests)}, layers, width, size)
+        return _Gathered({digest: row for row, digest in enumerate(digests, 1)}, layers, width, size)
 
 
 def keep_weights(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """What a client sees of `persona-pruner serve`, the same for every engine: imported by the test file of each.
 
-That file gives `server` (a Server over `run`), `run` (a ServedRun) and STORM (requests, clients) of its engine.
+That file gives `server` (a Server over `run`) and `storm_size` of its engine.
 """
 
 import asyncio
@@ -11,11 +11,10 @@ import time
 import openai
 import psutil
 import pytest
-from served_run import SYSTEM, description_of
+from served_run import PERSONAS, SYSTEM, description_of
 
 from persona_pruner.storage import keys
 
-PERSONAS = [f"keeper-{number}" for number in range(9)]
 QUESTIONS = ["Who are you and what do you do all day?", "What should I have for breakfast? Explain why."]
 TOKENS = 12
 

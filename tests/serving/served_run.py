@@ -1,6 +1,8 @@
 """A run to serve: the shipped backbone and masks of many personas, each keeping other channels, some layers more."""
 
+import datetime
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from persona_pruner.serving.mask_table import ffn_shape
 from persona_pruner.storage import keys
 from persona_pruner.storage.open import open_storage
 
+PERSONAS = [f"keeper-{number}" for number in range(9)]
+DATE = datetime.date(2020, 2, 29)
+TODAY = "{{ strftime_now('%d %b %Y') }}"
 SYSTEM = "You speak as {persona}. Answer kindly."
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "quickstart" / "backbone"
 
@@ -26,7 +31,7 @@ def description_of(persona_id: str) -> str:
 
 @dataclass
 class ServedRun:
-    """`plain` is the backbone in transformers, the reference for every engine."""
+    """`plain` is the backbone in transformers, the reference for every engine; `tokenizer` renders DATE as today."""
 
     output: Path
     backbone: Path
@@ -76,8 +81,20 @@ class ServedRun:
         return str(self.tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True))
 
 
-def make_run(to: Path, backbone: Path = EXAMPLE) -> ServedRun:
+def make_run(to: Path, backbone: Path | None = None) -> ServedRun:
+    """Without a backbone: the shipped one, with a chat template that asks for today's date as Llama 3.2's does."""
     to.mkdir(parents=True, exist_ok=True)
-    (to / keys.RUN).write_text(json.dumps({"settings": {"prompt": {"system": SYSTEM}}}))
+    prompt = {"system": SYSTEM, "date": DATE.isoformat()}
+    (to / keys.RUN).write_text(json.dumps({"settings": {"prompt": prompt}}))
+    backbone = backbone or _with_date(to / "models" / "backbone")
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer.chat_template = tokenizer.chat_template.replace(TODAY, f"{DATE:%d %b %Y}")
     plain = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32).eval()
-    return ServedRun(to, backbone, fingerprint(backbone), plain, AutoTokenizer.from_pretrained(backbone))
+    return ServedRun(to, backbone, fingerprint(backbone), plain, tokenizer)
+
+
+def _with_date(to: Path) -> Path:
+    shutil.copytree(EXAMPLE, to)
+    template = to / "chat_template.jinja"
+    template.write_text(template.read_text().replace("{% for", f"Today: {TODAY}\n{{% for", 1))
+    return to

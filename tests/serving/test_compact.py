@@ -7,13 +7,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vllm has an environment of its own: make test-serving")
 
-from served_run import make_run
 from test_vllm_plugin import QUESTIONS, generate, start, stats, stop
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,6 @@
 import pytest
 from api_contract import *  # noqa: F403
-from api_contract import PERSONAS
-from served_run import make_run
 from server_process import running_server
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("run"))
-    run.commit(*[run.mask(persona) for persona in PERSONAS])
-    return run
 
 
 @pytest.fixture(scope="module")
