@@ -6,6 +6,7 @@ into the request; and lets through only what is known to be answered under that 
 
 import hashlib
 import json
+import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -22,6 +23,7 @@ from persona_pruner.serving.mask_table import BITS, DIGEST, RequestMask
 from persona_pruner.serving.metrics import Metrics, bucket_of
 from persona_pruner.serving.personas import Personas, ServedPersona, UnknownPersonaError
 
+log = logging.getLogger(__name__)
 DIGEST_HEADER, PERSONA_HEADER = "x-persona-mask-sha256", "x-persona-id"
 MAX_BODY = 16 * 2**20
 _CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -197,10 +199,13 @@ class Gateway:
     async def _render_metrics(self, scope: Scope) -> Response:
         try:
             stats = await self._engine.stats()
-        except Exception:
-            stats = {"slots": 0.0, "slots_used": 0.0}
-        self._metrics.slots.set(stats["slots"])
-        self._metrics.slots_used.set(stats["slots_used"])
+        except Exception as error:  # Each engine has its own ways to die; metrics must still be read.
+            log.warning("the engine does not answer: %s", str(error) or type(error).__name__)
+            self._metrics.engine_up.set(0)
+        else:
+            self._metrics.engine_up.set(1)
+            self._metrics.slots.set(stats["slots"])
+            self._metrics.slots_used.set(stats["slots_used"])
         status, text = await _call(self._app, scope)
         own = self._metrics.render()
         return Response(own + (text if status == 200 else b""), media_type="text/plain; version=0.0.4")

@@ -25,6 +25,7 @@ class Metrics:
         self.mask_loads = Counter("mask_loads", "Reads of masks by what came of them.", ["outcome"], **names)
         self.mask_load_seconds = Histogram("mask_load_seconds", "Seconds to read and verify one mask.", **names)
         self.personas_in_memory = Gauge("personas_in_memory", "Personas that the front end keeps.", **names)
+        self.engine_up = Gauge("engine_up", "1 where the engine answered when this was read, else 0.", **names)
         self.slots = Gauge("mask_slots", "Masks that fit beside the backbone.", **names)
         self.slots_used = Gauge("mask_slots_used", "Masks that lie beside the backbone.", **names)
 

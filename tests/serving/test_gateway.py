@@ -189,6 +189,15 @@ def test_metrics_count_requests_tokens_and_slots_beside_those_of_the_engine(serv
         assert line in lines
 
 
+def test_metrics_say_whether_the_engine_answers(serve, engine):
+    client = serve()
+    assert "persona_pruner_engine_up 1.0" in client.get("/metrics").text.splitlines()
+    engine.alive = False
+    lines = client.get("/metrics").text.splitlines()
+    assert "persona_pruner_engine_up 0.0" in lines
+    assert "vllm_inside 1" in lines
+
+
 def test_a_stream_is_asked_for_its_usage(serve):
     sent = json.loads(chat(serve(), "llm", stream=True).content)["sent"]
     assert sent["stream_options"] == {"include_usage": True}
