@@ -1,7 +1,7 @@
 """The operator that applies one mask per token to the channels of an FFN: bits in, hidden states changed in place.
 
 Registered with torch, so that torch.compile and CUDA graphs see one opaque call on static buffers.
-Shapes: T tokens, I channels (of this rank), S slots, N bytes (ceil(I / 8)).
+Shapes: T tokens, I channels (of this rank), S slots, R runs of tokens or rows, N bytes (ceil(I / 8)).
 """
 
 from functools import lru_cache
@@ -21,14 +21,24 @@ def mask_channels_reference(hidden_TI: Tensor, bits_SN: Tensor, slot_T: Tensor) 
 
 
 def _mask_channels(hidden_TI: Tensor, bits_SN: Tensor, slot_T: Tensor) -> None:
-    bits_TN = bits_SN.index_select(0, slot_T)
-    keep_TI = torch.nn.functional.embedding(bits_TN.int(), _bytes_to_factors(hidden_TI.device, hidden_TI.dtype))
-    hidden_TI.mul_(keep_TI.flatten(1)[:, : hidden_TI.shape[1]])
+    hidden_TI.mul_(_factors(bits_SN.index_select(0, slot_T), hidden_TI))
 
 
 def _mask_channels_cpu(hidden_TI: Tensor, bits_SN: Tensor, slot_T: Tensor) -> None:
-    if slot_T.any():  # An unpruned batch pays nothing; on a GPU the question would cost a synchronization.
+    """Saves work by looking at the slots, which on a GPU would cost a synchronization."""
+    if not slot_T.any():
+        return
+    slot_R, run_T = slot_T.unique_consecutive(return_inverse=True)
+    if 2 * len(slot_R) > len(slot_T):
         _mask_channels(hidden_TI, bits_SN, slot_T)
+    else:  # Prompts: unpacking costs more than copying, so it is done once for each run of tokens under one mask.
+        hidden_TI.mul_(_factors(bits_SN.index_select(0, slot_R), hidden_TI).index_select(0, run_T))
+
+
+def _factors(bits_RN: Tensor, hidden_TI: Tensor) -> Tensor:
+    """[R, I]: packed rows as factors 0 and 1 of the type of the hidden states."""
+    table = _bytes_to_factors(hidden_TI.device, hidden_TI.dtype)
+    return torch.nn.functional.embedding(bits_RN.int(), table).flatten(1)[:, : hidden_TI.shape[1]]
 
 
 @lru_cache(maxsize=8)

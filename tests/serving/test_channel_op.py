@@ -9,13 +9,14 @@ def bits(keep_SI):
     return torch.from_numpy(np.packbits(keep_SI.numpy(), axis=1, bitorder="little"))
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 17, 200])
 @pytest.mark.parametrize("channels", [64, 61])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_token_gets_the_channels_of_its_slot(channels, dtype):
+def test_each_token_gets_the_channels_of_its_slot(channels, dtype, tokens):
     generator = torch.Generator().manual_seed(0)
     keep_SI = torch.rand(5, channels, generator=generator) < 0.5
-    hidden_TI = torch.randn(17, channels, generator=generator).to(dtype)
-    slot_T = torch.randint(0, 5, (17,), generator=generator, dtype=torch.int32)
+    hidden_TI = torch.randn(tokens, channels, generator=generator).to(dtype)
+    slot_T = torch.randint(1, 5, (tokens,), generator=generator, dtype=torch.int32)
     expected = torch.stack([row * keep_SI[slot] for row, slot in zip(hidden_TI, slot_T, strict=True)])
     assert torch.equal(mask_channels_reference(hidden_TI, bits(keep_SI), slot_T), expected)
     mask_channels(hidden_TI, bits(keep_SI), slot_T)
