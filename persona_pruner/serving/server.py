@@ -1,7 +1,10 @@
 """`persona-pruner serve`: every persona of a run behind one address, on one backbone."""
 
+import asyncio
+import contextlib
 import importlib.util
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -106,6 +109,21 @@ def serve(options: ServeOptions) -> None:
     else:
         from persona_pruner.serving.transformers_server import run
     run(prepare(options))
+
+
+@contextlib.asynccontextmanager
+async def application_of(served: Served) -> AsyncIterator[Starlette]:
+    """The engine and its OpenAI server behind the gateway, for a host of ASGI applications. Raises UserError."""
+    if served.options.engine == "vllm":
+        check_vllm()
+        from persona_pruner.serving.vllm_server import application
+
+        async with application(served) as app:
+            yield app
+    else:
+        from persona_pruner.serving.transformers_server import build
+
+        yield await asyncio.to_thread(build, served)
 
 
 def default_engine() -> Literal["vllm", "transformers"]:

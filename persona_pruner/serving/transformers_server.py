@@ -1,6 +1,7 @@
 """The embedded engine behind the gateway: transformers' own OpenAI server, one request at a time under its mask."""
 
 import contextvars
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -107,11 +108,13 @@ def build(served: Served) -> FastAPI:
     engine = TransformersEngine(ChannelMasks(backbone.model).attach(), served.options.slots)
     models = _OneModel(served.name, backbone.model, backbone.tokenizer)
     state = _OneManager(_MaskedManager(engine))
-    unused: Any = None
-    app = build_server(
-        models, ChatCompletionHandler(models, state), CompletionHandler(models, state), response_handler=unused,
-        transcription_handler=unused, systemone_handler=unused, generation_state=state,
-    )  # fmt: skip
+    handlers: dict[str, Any] = {
+        "chat_handler": ChatCompletionHandler(models, state),
+        "completion_handler": CompletionHandler(models, state),
+    }
+    # Which others there are differs between releases; the gateway lets nothing through to them.
+    unused = {name: None for name in inspect.signature(build_server).parameters if name.endswith("_handler")}
+    app = build_server(models, generation_state=state, **(unused | handlers))
     served.put_in_front(app, engine)
     return app
 

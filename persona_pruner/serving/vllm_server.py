@@ -1,9 +1,12 @@
 """The vLLM engine behind the gateway: vLLM's own OpenAI server, started in this process."""
 
+import contextlib
 import json
 import tempfile
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
+
+from starlette.applications import Starlette
 
 from persona_pruner.errors import BackboneError, ConfigError
 from persona_pruner.serving.mask_table import RequestMask
@@ -47,13 +50,33 @@ def engine_options(slots: int, compact: int = 0) -> dict[str, Any]:
 def run(served: Served) -> None:
     import uvloop
 
-    with tempfile.TemporaryDirectory() as directory:
-        template = Path(directory, "chat_template.jinja")
-        template.write_text(served.chat_template, encoding="utf-8")
-        uvloop.run(_serve(served, _arguments(served, template)))
+    uvloop.run(_serve(served))
 
 
-def _arguments(served: Served, chat_template: Path) -> Any:
+@contextlib.asynccontextmanager
+async def application(served: Served, arguments: Any = None) -> AsyncIterator[Starlette]:
+    """vLLM's `build_and_serve` up to where it would listen, with the gateway around its application."""
+    from vllm.entrypoints.launchers.api_server.entry import build_app, build_async_engine_client, init_app_state
+
+    arguments = arguments or _arguments(served)
+    with tempfile.NamedTemporaryFile("w", suffix=".jinja", encoding="utf-8") as template:
+        template.write(served.chat_template)
+        template.flush()
+        arguments.chat_template = template.name
+        async with build_async_engine_client(arguments) as client:
+            engine = VllmEngine(client)
+            try:
+                await engine.stats()
+            except Exception as error:
+                raise BackboneError(f"the engine has no table of masks: {error}") from None
+            tasks = await client.get_supported_tasks()
+            app = build_app(arguments, tasks, client.model_config)
+            await init_app_state(client, app.state, arguments, tasks)
+            served.put_in_front(app, engine)
+            yield app
+
+
+def _arguments(served: Served) -> Any:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -68,7 +91,6 @@ def _arguments(served: Served, chat_template: Path) -> Any:
             "--host", options.host, "--port", str(options.port),
             "--additional-config", json.dumps(engine["additional_config"]),
             "--worker-extension-cls", engine["worker_extension_cls"],
-            "--chat-template", str(chat_template),
             *(["--enforce-eager"] if options.compact else []), *options.engine_arguments,
         ]
     )  # fmt: skip
@@ -76,23 +98,14 @@ def _arguments(served: Served, chat_template: Path) -> Any:
     return arguments
 
 
-async def _serve(served: Served, arguments: Any) -> None:
-    """vLLM's `run_server`, with the gateway around its application."""
-    from vllm.entrypoints.launchers.api_server.entry import build_app, build_async_engine_client, init_app_state
+async def _serve(served: Served) -> None:
+    """vLLM's `run_server`."""
     from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 
+    arguments = _arguments(served)
     _, sock = setup_server(arguments, reuse_port=False)
     try:
-        async with build_async_engine_client(arguments) as client:
-            engine = VllmEngine(client)
-            try:
-                await engine.stats()
-            except Exception as error:
-                raise BackboneError(f"the engine has no table of masks: {error}") from None
-            tasks = await client.get_supported_tasks()
-            app = build_app(arguments, tasks, client.model_config)
-            await init_app_state(client, app.state, arguments, tasks)
-            served.put_in_front(app, engine)
+        async with application(served, arguments) as app:
             stopped = await serve_http(
                 app, sock=sock, enable_ssl_refresh=False, host=arguments.host, port=arguments.port,
                 log_level=arguments.uvicorn_log_level, access_log=not arguments.disable_uvicorn_access_log,

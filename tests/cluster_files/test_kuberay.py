@@ -35,8 +35,11 @@ def objects(request, kustomize, helm_template):
 
 
 def cluster_spec(objects):
-    job = objects.get(("RayJob", NAME))
-    return job["spec"]["rayClusterSpec"] if job else objects["RayCluster", NAME]["spec"]
+    if job := objects.get(("RayJob", NAME)):
+        return job["spec"]["rayClusterSpec"]
+    if service := objects.get(("RayService", NAME)):
+        return service["spec"]["rayClusterConfig"]
+    return objects["RayCluster", NAME]["spec"]
 
 
 def pods(spec):
@@ -73,10 +76,13 @@ def definitions():
 
 
 def test_ray_objects_follow_the_custom_resource_definitions(objects, definitions):
+    """Of a RayService, whose definition is not at hand, the cluster."""
     for document in objects.values():
-        if document["apiVersion"].startswith("ray.io/") and document["kind"] != "RayService":
-            schema = definitions[document["apiVersion"], document["kind"]]
-            jsonschema.Draft202012Validator(schema).validate(document["spec"])
+        if document["apiVersion"].startswith("ray.io/"):
+            service = document["kind"] == "RayService"
+            schema = definitions[document["apiVersion"], "RayCluster" if service else document["kind"]]
+            spec = cluster_spec(objects) if service else document["spec"]
+            jsonschema.Draft202012Validator(schema).validate(spec)
 
 
 def test_a_misspelt_field_does_not_follow_them(kustomize, definitions):
@@ -193,6 +199,22 @@ def test_job_has_the_cluster_of_the_base_and_takes_its_place(kustomize):
     base, job = kustomize("kuberay/base"), kustomize("kuberay/overlays/kueue")
     assert cluster_spec(job) == cluster_spec(base)
     assert ("RayCluster", NAME) not in job
+
+
+def test_service_has_the_cluster_of_the_base_with_an_image_that_serves(kustomize):
+    base, service = kustomize("kuberay/base"), kustomize("kuberay/overlays/serving")
+    assert ("RayCluster", NAME) not in service
+    expected = yaml.safe_load(yaml.safe_dump(cluster_spec(base)).replace("persona-pruner:", "persona-pruner-serving:"))
+    for pod in pods(expected):
+        pod["containers"][0]["ports"].append({"name": "serve", "containerPort": 8000})
+    assert cluster_spec(service) == expected
+    serve = yaml.safe_load(service["RayService", NAME]["spec"]["serveConfigV2"])
+    replica = serve["applications"][0]["deployments"][1]
+    (worker,) = expected["workerGroupSpecs"]
+    size = worker["template"]["spec"]["containers"][0]["resources"]["requests"]
+    for option, resource in (("num_cpus", "cpu"), ("num_gpus", "nvidia.com/gpu")):
+        assert replica["ray_actor_options"][option] <= int(size[resource])
+    assert replica["autoscaling_config"]["max_replicas"] <= worker["maxReplicas"]
 
 
 def test_kueue_admits_the_job_within_a_quota_that_holds_the_whole_cluster(kustomize):
