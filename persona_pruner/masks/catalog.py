@@ -54,6 +54,7 @@ OBJECT = ("persona_id", "key", "size", "modified")
 METADATA = tuple(name for name in SCHEMA.names if name != "keep")
 PART_ROWS = 2048
 """Rows of a part at most: some 60 MB with the bits of 28 x 8192 channels."""
+MAX_UPDATES = 20
 SMALL_PARTS = 8
 """So many parts that are less than half full are put together, so that many small updates leave few parts."""
 
@@ -98,9 +99,25 @@ def build_catalog(
 def update_catalog(storage: Storage, connections: int = 16, fresh: bool = False) -> int:
     """Bring the stored parts up to date, or make them all again (`fresh`); returns how many masks there are.
 
-    Only masks that are new or changed are read. Raises MaskError naming the key of one that does not verify; nothing
-    is deleted then.
+    Only masks that are new or changed are read. Jobs on parts of a manifest may do this at the same time: who has
+    deleted parts looks again, since another may have deleted those that held the same rows. Raises MaskError naming
+    the key of one that does not verify; nothing is deleted then.
     """
+    for attempt in range(1, MAX_UPDATES + 1):
+        try:
+            count, deleted = _update(storage, connections, fresh)
+        except NotFoundError:  # a part that another job has just replaced
+            if attempt == MAX_UPDATES:
+                raise
+            continue
+        if not deleted:
+            break
+        fresh = False
+    return count
+
+
+def _update(storage: Storage, connections: int, fresh: bool) -> tuple[int, bool]:
+    """How many masks there are, and whether parts were deleted."""
     masks = mask_objects(storage)
     parts = _read_parts(storage, masks, OBJECT, connections)
     if fresh:
@@ -116,12 +133,12 @@ def update_catalog(storage: Storage, connections: int = 16, fresh: bool = False)
         _write_part(storage, rows)
         for rows in _batches(itertools.chain(carried, _read_rows(storage, unknown, connections, SCHEMA.names)))
     }
-    for part in replaced:
-        if part.item.key not in written:
-            storage.delete(part.item.key)
+    unneeded = [part.item.key for part in replaced if part.item.key not in written]
     if storage.exists(keys.CATALOG_OF_FORMAT_1):
-        storage.delete(keys.CATALOG_OF_FORMAT_1)
-    return len(masks)
+        unneeded.append(keys.CATALOG_OF_FORMAT_1)
+    for key in unneeded:
+        storage.delete(key)
+    return len(masks), bool(unneeded)
 
 
 def _read_parts(

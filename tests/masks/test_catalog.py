@@ -112,6 +112,30 @@ def test_two_updates_at_once_leave_no_row_twice_after_the_next(output):
     assert sorted(row["persona_id"] for row in stored(output)) == ["ada", "bo", "cy"]
 
 
+class Raced(Counted):
+    """A storage where another job updates the catalog right before the first object is deleted."""
+
+    raced = False
+
+    def delete(self, key):
+        if not self.raced:
+            self.raced = True
+            update_catalog(self.storage)
+        self.storage.delete(key)
+
+
+def test_two_updates_that_delete_at_once_leave_every_row(tmp_path):
+    storage = open_storage(tmp_path / "out")
+    for number in range(catalog.SMALL_PARTS):
+        fill(storage, [f"p{number}"])
+        update_catalog(storage)
+    assert len(parts(storage)) == catalog.SMALL_PARTS
+    fill(storage, ["last"])
+    assert update_catalog(Raced(storage)) == catalog.SMALL_PARTS + 1
+    expected = build_catalog(storage)["persona_id"].to_pylist()
+    assert sorted(row["persona_id"] for row in stored(storage)) == sorted(expected)
+
+
 def test_a_mask_that_does_not_verify_is_named_or_left_out(output):
     output.put(keys.mask("bo"), output.get(keys.mask("ada")))
     for call in (build_catalog, update_catalog):
