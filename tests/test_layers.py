@@ -22,6 +22,7 @@ ONLY_IN = {
         "serving/",
         "synthesis/pipeline.py",
         "synthesis/scoring_worker.py",
+        "synthesis/shared_worker.py",
     ),
     "deepspeed": ("backbone/load.py", "backbone/operator.py"),
     "boto3": ("storage/s3.py",),

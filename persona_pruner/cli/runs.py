@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -69,31 +69,22 @@ def plan(
     config: ConfigOption,
     output: OutputOption,
     set_: SetOption = [],  # noqa: B006
+    gpu: Annotated[Literal["h100", "h200", "a100", "l40s"], typer.Option(help="Estimate for this kind.")] = "h100",
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a submission would do: done, to do, tokens, FLOP and storage. Starts and writes nothing."""
+    """Say what a submission would do: done, to do, tokens, FLOP, GPU-hours. Starts and writes nothing."""
     from persona_pruner.config.load import load_config
     from persona_pruner.manifest import read_manifest
-    from persona_pruner.run.preflight import preflight
-    from persona_pruner.storage import keys
-    from persona_pruner.storage.open import open_storage
+    from persona_pruner.run.start import JobRequest, check_and_plan
 
     settings = load_config(config, set_)
     personas = read_manifest(manifest)
-    storage = open_storage(output, settings.storage)
-    storage.check_readable(keys.MASKS)
-    storage.check_writable()
-    preflight(settings)
-    from persona_pruner.run.identity import check_run, identify
-    from persona_pruner.run.plan import make_plan
+    start = check_and_plan(JobRequest(config=settings, manifest=personas, output=output))
+    from persona_pruner.run.cost import GPUS, forecast_plan
 
-    identity = identify(settings, personas.personas, storage)
-    check_run(storage, identity)
-    summary = make_plan(personas, storage, identity).summary()
-    if not as_json:
-        summary |= {"flop": f"about {summary['flop']:.2e}", "bytes": f"about {summary['bytes']:,} for the masks"}
-        summary |= {"tokens": f"about {summary['tokens']:,}"}
-    show({"run_id": identity.run_id, "personas": len(personas.personas)} | summary, as_json)
+    expected = forecast_plan(start.identity, start.plan, GPUS[gpu])
+    cost = expected.to_dict() if as_json else expected.describe(gpu)
+    show({"run_id": start.identity.run_id, "personas": len(personas.personas)} | start.plan.summary() | cost, as_json)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from persona_pruner.config.evaluation import AnswersConfig, EvaluationConfig
 from persona_pruner.config.learning import HalvingConfig, LearningConfig, ObjectiveConfig, StoppersConfig
-from persona_pruner.config.section import Count, Hashed, NonNegative, PoolBounds, Positive, Section
+from persona_pruner.config.section import BackbonePool, Count, Hashed, NonNegative, Positive, Section
 from persona_pruner.config.synthesis import (
     ActorsConfig,
     EnginesConfig,
@@ -100,19 +100,11 @@ class PromptConfig(Section):
         return self
 
 
-class GroupsConfig(PoolBounds):
+class GroupsConfig(BackbonePool):
     min: Count = 1
     """Shard groups kept while there is work."""
     max: Count = 1
     """Shard groups at most; more are asked for while personas wait."""
-    shards: Hashed[Count] = 1
-    """Actors of a group; each holds 1/shards of the backbone (DeepSpeed ZeRO-3)."""
-    num_cpus: Positive = 1.0
-    """Ray CPUs per actor."""
-    num_gpus: NonNegative = 0.0
-    """Ray GPUs per actor."""
-    cpu_threads: Hashed[Count] = 1
-    """Threads of one actor's arithmetic; part of what makes masks reproducible."""
     idle_seconds: Positive = 30.0
     """A group beyond `min` without work for this long is given back."""
     timeout_seconds: Positive = 600.0
@@ -158,6 +150,43 @@ class RunConfig(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     storage: StorageConfig = StorageConfig()
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    """One pool for all work: so many GPUs, in groups that score, answer or train, whatever waits (`groups.max` and
+    `synthesis.actors` are then not read). 0 does the same without GPUs, with up to `groups.max` groups. null gives
+    scoring and training pools of their own, whose sizes are yours to balance."""
+
+    @property
+    def shared_pool(self) -> bool:
+        """Whether the groups that train also score and answer."""
+        return self.gpus is not None
+
+    @property
+    def group_pool(self) -> GroupsConfig:
+        """`groups` with what `gpus` decides."""
+        if not self.gpus:
+            return self.groups
+        num_gpus = self.groups.num_gpus or 1.0
+        most = int(self.gpus / (num_gpus * self.groups.shards))
+        return self.groups.model_copy(update={"min": min(self.groups.min, most), "max": most, "num_gpus": num_gpus})
+
+    @model_validator(mode="after")
+    def _one_pool_can_do_all(self) -> "RunConfig":
+        if self.gpus is None:
+            return self
+        backend, actors = self.synthesis.rewrite.backend, self.synthesis.actors
+        if backend not in ("self", "none"):
+            raise ValueError(
+                f"gpus = {self.gpus} is for a backbone that answers itself (synthesis.rewrite.backend self or none); "
+                f"with {backend} set groups.max and synthesis.actors.max"
+            )
+        if (actors.shards, actors.cpu_threads) != (self.groups.shards, self.groups.cpu_threads):
+            raise ValueError("gpus needs the same shards and cpu_threads in groups and synthesis.actors")
+        if self.group_pool.max < 1:
+            raise ValueError(
+                f"gpus = {self.gpus} is less than one group takes: groups.shards = {self.groups.shards} of "
+                f"groups.num_gpus = {self.groups.num_gpus or 1:g}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _comparable(self) -> "RunConfig":

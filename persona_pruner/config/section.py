@@ -50,6 +50,19 @@ class PoolBounds(Section):
         return self
 
 
+class BackbonePool(PoolBounds):
+    """Actors that hold the backbone, whole or in shards."""
+
+    shards: Hashed[Count] = 1
+    """Actors that hold one backbone together, 1/shards each (DeepSpeed ZeRO-3)."""
+    num_cpus: Positive = 1.0
+    """Ray CPUs per actor (fractions allowed)."""
+    num_gpus: NonNegative = 0.0
+    """Ray GPUs per actor (fractions allowed)."""
+    cpu_threads: Hashed[Count] = 1
+    """Threads of one actor's arithmetic; part of what makes scores and masks reproducible."""
+
+
 def hashed_settings(section: Section) -> dict[str, Any]:
     """The settings below `section` that can change a mask, as JSON values; contents of files are not among them."""
     values = section.model_dump(mode="json", include=set(_marked(section, HashedWhere)))

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from persona_pruner.config.section import (
+    BackbonePool,
     Count,
     Fraction,
     Hashed,
@@ -116,19 +117,11 @@ class FilterConfig(Section):
     """Fewer usable answers than this is an error of that persona."""
 
 
-class ActorsConfig(PoolBounds):
+class ActorsConfig(BackbonePool):
     min: Count = 1
     """Backbones in the Ray Data pipeline, at least."""
     max: Count = 1
     """... and at most."""
-    shards: Hashed[Count] = 1
-    """Actors that hold one backbone together, 1/shards each (DeepSpeed ZeRO-3)."""
-    num_cpus: Positive = 1.0
-    """Ray CPUs per actor (fractions allowed)."""
-    num_gpus: NonNegative = 0.0
-    """Ray GPUs per actor (fractions allowed)."""
-    cpu_threads: Hashed[Count] = 1
-    """Threads of one actor's arithmetic; part of what makes scores reproducible."""
 
 
 class SynthesisConfig(Section):

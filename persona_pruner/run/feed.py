@@ -9,10 +9,29 @@ from persona_pruner.scheduling.persona_job import PersonaJob
 from persona_pruner.synthesis.pipeline import SynthesisResult
 
 
+class Opposites:
+    """Holds the job of each persona back until the data of its opposite are there too, or have failed."""
+
+    def __init__(self, lacking: Iterable[Persona]) -> None:
+        self._lacking = {persona.id for persona in lacking}
+        self._held: dict[str, list[PersonaJob]] = {}
+        """Jobs by the persona whose data they wait for."""
+
+    def arrive(self, job: PersonaJob) -> list[PersonaJob]:
+        """The jobs that need not wait any more, now that this one's persona has data or has failed."""
+        self._lacking.discard(job.persona.id)
+        freed = self._held.pop(job.persona.id, [])
+        opposite = job.persona.opposite
+        if opposite is None or opposite.id not in self._lacking:
+            return [job, *freed]
+        self._held.setdefault(opposite.id, []).append(job)
+        return freed
+
+
 class SynthesisFeed:
     """`arrivals` gives a job for each persona of `ready` at once, then for those that `synthesize` yields, then None.
 
-    `synthesize` takes ids. With `paired` a persona waits for the data of its opposite too. After `close` the thread
+    `synthesize` takes ids. With `opposites` a persona waits for the data of its opposite too. After `close` the thread
     takes no further result, and what it raises is not told: Ray may be down by then.
     """
 
@@ -21,15 +40,12 @@ class SynthesisFeed:
         ready: Sequence[Persona],
         todo: Sequence[Persona],
         synthesize: Callable[[Sequence[str]], Iterable[SynthesisResult]],
-        paired: bool = False,
+        opposites: Opposites | None = None,
     ) -> None:
         self.arrivals: queue.Queue[PersonaJob | None] = queue.Queue()
         self.fault: Exception | None = None
         """What ended the synthesis before its end."""
-        self._todo, self._synthesize, self._paired = todo, synthesize, paired
-        self._lacking = {persona.id for persona in todo}
-        self._held: dict[str, list[PersonaJob]] = {}
-        """Jobs by the persona whose data they wait for."""
+        self._todo, self._synthesize, self._opposites = todo, synthesize, opposites
         self._closed = threading.Event()
         for persona in ready:
             self._arrive(PersonaJob(persona))
@@ -42,10 +58,7 @@ class SynthesisFeed:
             for result in self._synthesize(list(personas)):
                 if self._closed.is_set():
                     return
-                self._lacking.discard(result.persona_id)
                 self._arrive(job_of(personas[result.persona_id], result))
-                for job in self._held.pop(result.persona_id, ()):
-                    self.arrivals.put(job)
         except Exception as error:
             if not self._closed.is_set():
                 self.fault = error
@@ -53,11 +66,8 @@ class SynthesisFeed:
             self.arrivals.put(None)
 
     def _arrive(self, job: PersonaJob) -> None:
-        opposite = job.persona.opposite if self._paired else None
-        if opposite is not None and opposite.id in self._lacking:
-            self._held.setdefault(opposite.id, []).append(job)
-        else:
-            self.arrivals.put(job)
+        for each in [job] if self._opposites is None else self._opposites.arrive(job):
+            self.arrivals.put(each)
 
     def close(self, timeout: float = 2.0) -> None:
         """Take no further result; wait a moment for the one under way."""

@@ -4,75 +4,48 @@ plan -> synthesize and train -> evaluate -> report. What is in the output alread
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import is_current
-from persona_pruner.errors import EXIT_PERSONAS_FAILED, EXIT_STOPPED, SourceError
+from persona_pruner.errors import EXIT_PERSONAS_FAILED, EXIT_STOPPED
 from persona_pruner.evaluation import table
 from persona_pruner.learning.pooled import pooled_sample
-from persona_pruner.manifest import Manifest, Persona, check_opposites
+from persona_pruner.manifest import Persona
 from persona_pruner.masks.catalog import update_catalog
 from persona_pruner.run.advice import advice, next_steps
-from persona_pruner.run.feed import SynthesisFeed
-from persona_pruner.run.identity import Identity, check_run, identify
+from persona_pruner.run.catalog_updates import CatalogUpdates
+from persona_pruner.run.feed import Opposites, SynthesisFeed, job_of
+from persona_pruner.run.identity import Identity, check_run
 from persona_pruner.run.lease import Lease
-from persona_pruner.run.part import WHOLE, Part
 from persona_pruner.run.phases import ANSWERING, COMPARING, SCORING
-from persona_pruner.run.plan import Plan, make_plan, masked_personas
+from persona_pruner.run.plan import Plan, masked_personas
 from persona_pruner.run.progress import ProgressReporter
 from persona_pruner.run.ray_cluster import ray_cluster
+from persona_pruner.run.start import JobRequest, Start
 from persona_pruner.run.stop import Stop, StoppedError
 from persona_pruner.scheduling.group_pool import GroupPool
+from persona_pruner.scheduling.persona_job import PersonaJob
 from persona_pruner.scheduling.scheduler import Scheduler
+from persona_pruner.scheduling.tiles import SYNTHESIZE, Tiles
 from persona_pruner.scheduling.training_worker import training_pool
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
-from persona_pruner.storage.open import open_storage
-from persona_pruner.synthesis.pipeline import SynthesisResult, synthesize
+from persona_pruner.synthesis.pipeline import SynthesisResult, read_inputs, synthesize, tiles_of
+from persona_pruner.synthesis.shared_worker import shared_pool
 from persona_pruner.synthesis.sources import load_question_set
 from persona_pruner.synthesis.warnings import FewRows, foreign_rewriter
 
 
-@dataclass(frozen=True, kw_only=True)
-class JobRequest:
-    """What to do with which personas. With one half off, the data of the other one must be there."""
+def run_job(request: JobRequest, start: Start, progress: ProgressReporter) -> int:
+    """Run what `check_and_plan` has let through to its end or to a stop; returns the exit status (errors.py).
 
-    config: RunConfig
-    manifest: Manifest
-    output: str
-    part: Part = WHOLE
-    synthesis: bool = True
-    training: bool = True
-
-    @property
-    def personas(self) -> tuple[Persona, ...]:
-        """Those that this job is about; the whole manifest still decides tiles and references."""
-        return tuple(persona for persona in self.manifest.personas if persona in self.part)
-
-    @property
-    def evaluation(self) -> bool:
-        """The comparison is over all personas, so that no part does it."""
-        return self.training and self.config.evaluation.enabled and self.part.is_whole
-
-
-def run_job(request: JobRequest, progress: ProgressReporter) -> int:
-    """Run what has passed the preflight to the end or to a stop; returns the exit status (errors.py).
-
-    Raises UserError before anything is started or written where the input is bad, ClusterError, StorageError.
+    Raises UserError, ClusterError, StorageError.
     """
-    progress.begin("looking at the output")
-    config, storage = request.config, open_storage(request.output, request.config.storage)
-    identity = identify(config, request.manifest.personas, storage)
-    check(config, storage, identity)
-    if request.training and config.learning.is_contrastive:
-        check_opposites(request.personas, config.learning.method)
-    plan = make_plan(Manifest(request.manifest.source, request.personas), storage, identity)
-    if request.synthesis and plan.to_synthesize:
-        check_synthesis(config, identity)
+    config, storage, identity, plan = request.config, start.storage, start.identity, start.plan
     with Lease(storage, config.scheduler.lease_seconds, request.part) as lease:
         storage.put_if_absent(keys.RUN, json.dumps(identity.document(), indent=1).encode())
         check_run(storage, identity)
@@ -92,20 +65,6 @@ def run_job(request: JobRequest, progress: ProgressReporter) -> int:
             progress.say(f"stopped ({job.stop.reason}); submit again to go on")
             return EXIT_STOPPED
         return job.report()
-
-
-def check(config: RunConfig, storage: Storage, identity: Identity) -> None:
-    """Raise UserError where this job could not be done. Leaves nothing behind."""
-    check_run(storage, identity)
-    if config.evaluation.enabled:
-        table.read_conversations(config)
-
-
-def check_synthesis(config: RunConfig, identity: Identity) -> None:
-    """Raise SourceError where nothing could be asked or compared."""
-    load_question_set(config.synthesis)
-    if len(identity.references) < 2 and not config.synthesis.references.path:
-        raise SourceError("one persona has no references; set synthesis.references.path to a file of personas")
 
 
 def tell_plan(request: JobRequest, plan: Plan, progress: ProgressReporter) -> None:
@@ -131,6 +90,8 @@ class Job:
     stop: Stop
     failures: dict[str, str] = field(default_factory=dict)
     """What is wrong with each persona that failed."""
+    shared: GroupPool | None = None
+    """The pool where its groups synthesize too (`gpus`)."""
 
     def has_work(self, plan: Plan) -> bool:
         todo = (self.request.synthesis and plan.to_synthesize) or (self.request.training and plan.to_train)
@@ -138,12 +99,12 @@ class Job:
 
     def work(self, plan: Plan) -> None:
         """Everything that needs the cluster. Raises StoppedError."""
-        if not self.request.training:
-            self.synthesize(plan.to_synthesize)
-            return
-        pool = training_pool(self.request.config, self.request.output, self.identity.run_id)
+        ready, todo = plan.to_train, plan.to_synthesize if self.request.synthesis else ()
+        pool = self._open_pool(todo)
         try:
-            ready, todo = plan.to_train, plan.to_synthesize if self.request.synthesis else ()
+            if not self.request.training:
+                self.synthesize(todo)
+                return
             if self.request.config.learning.needs_pooled_mask and not self.storage.exists(keys.POOLED_MASK):
                 self.learn_pooled_mask(pool, todo)
                 ready, todo = (*ready, *self._with_data(todo)), self._without_data(todo)
@@ -152,6 +113,13 @@ class Job:
                 self.evaluate(pool)
         finally:
             pool.close()
+
+    def _open_pool(self, todo: Sequence[Persona]) -> GroupPool:
+        config, output, run_id = self.request.config, self.request.output, self.identity.run_id
+        if not (config.shared_pool and todo):
+            return training_pool(config, output, run_id)
+        self.shared = shared_pool(config, output, run_id, read_inputs(config, output, self.identity.references))
+        return self.shared
 
     def learn_pooled_mask(self, pool: GroupPool, todo: Sequence[Persona]) -> None:
         """One mask of a sample's rows, from which all personas start. Synthesizes what data the sample lacks."""
@@ -182,19 +150,41 @@ class Job:
 
     def synthesize_and_train(self, pool: GroupPool, ready: Sequence[Persona], todo: Sequence[Persona]) -> None:
         """A persona is trained as soon as its data are there; none waits for the others."""
-        paired = self.request.config.learning.is_contrastive
-        feed = SynthesisFeed(ready, todo, self._synthesized, paired)
-        scheduler = Scheduler(self.request.config, pool, self.storage, self.progress)
-        scheduler.expected = len(ready) + len(todo)
-        try:
-            finished = scheduler.run(feed.arrivals, lambda: feed.fault is not None or self.stop())
-        finally:
-            feed.close()
-        if feed.fault is not None:
-            raise feed.fault
-        if not finished:
-            raise StoppedError(self.stop.reason)
+        apart, together = ((), todo) if self.shared else (todo, ())
+        opposites = Opposites(todo) if self.request.config.learning.is_contrastive else None
+        feed = SynthesisFeed(ready, apart, self._synthesized, opposites)
+        with self._synthesis(together) as few_rows:
+            tiles = self._tiles(together, few_rows, opposites)
+            scheduler = Scheduler(self.request.config, pool, self.storage, self.progress, tiles=tiles)
+            scheduler.expected = len(ready) + len(todo)
+            catalog = CatalogUpdates(self.storage, self.request.config.storage.connections)
+
+            def should_stop() -> bool:
+                catalog.masked(scheduler.states["TERMINATED"])
+                return feed.fault is not None or self.stop()
+
+            try:
+                finished = scheduler.run(feed.arrivals, should_stop)
+            finally:
+                feed.close()
+            if feed.fault is not None:
+                raise feed.fault
+            if not finished:
+                raise StoppedError(self.stop.reason)
+            catalog.close()
         self.failures = scheduler.failures()
+
+    def _tiles(self, todo: Sequence[Persona], few_rows: FewRows, opposites: Opposites | None) -> Tiles:
+        """What the groups synthesize between two trainings."""
+        personas = {persona.id: persona for persona in todo}
+
+        def jobs_of(results: Sequence[SynthesisResult]) -> Iterator[PersonaJob]:
+            for result in results:
+                few_rows.add(result)
+                job = job_of(personas[result.persona_id], result)
+                yield from [job] if opposites is None else opposites.arrive(job)
+
+        return Tiles(tiles_of(todo, self.request.config, self.request.config.group_pool.max), jobs_of)
 
     def synthesize(self, todo: Sequence[Persona]) -> None:
         """Data only."""
@@ -205,20 +195,39 @@ class Job:
             else:
                 self.failures[result.persona_id] = result.error[1]
             self.stop.check()
+        self.stop.check()
 
-    def _synthesized(self, todo: Sequence[str]) -> Iterable[SynthesisResult]:
-        settings = self.request.config.synthesis
-        if todo:
-            self._warn(foreign_rewriter(self.request.config))
-            questions = len(load_question_set(settings))
-            asked = min(settings.select.k, questions) * settings.rewrite.samples_per_question
-            self.progress.begin(SCORING, len(todo) * questions)
-            self.progress.begin(ANSWERING, len(todo) * asked)
-        personas, references = self.request.manifest.personas, self.identity.references
+    def _synthesized(self, todo: Sequence[str]) -> Iterator[SynthesisResult]:
+        with self._synthesis(todo) as few_rows:
+            for result in self._results(todo):
+                few_rows.add(result)
+                yield result
+
+    def _results(self, todo: Sequence[str]) -> Iterator[SynthesisResult]:
+        """Ends early where the job is stopped."""
+        config, personas = self.request.config, self.request.manifest.personas
+        if self.shared is None:
+            yield from synthesize(config, personas, todo, self.request.output, self.identity.references)
+            return
+        asked = set(todo)
+        tiles = tiles_of([p for p in personas if p.id in asked], config, config.group_pool.max)
+        for _, (results, _) in self.shared.map(SYNTHESIZE, tiles, self.stop):
+            yield from results
+
+    @contextmanager
+    def _synthesis(self, todo: Sequence[Any]) -> Iterator[FewRows]:
+        """The phases of so many personas' synthesis, and what is to be told about their data."""
         few_rows = FewRows()
-        for result in synthesize(self.request.config, personas, todo, self.request.output, references):
-            few_rows.add(result)
-            yield result
+        if not todo:
+            yield few_rows
+            return
+        settings = self.request.config.synthesis
+        self._warn(foreign_rewriter(self.request.config))
+        questions = len(load_question_set(settings))
+        asked = min(settings.select.k, questions) * settings.rewrite.samples_per_question
+        self.progress.begin(SCORING, len(todo) * questions)
+        self.progress.begin(ANSWERING, len(todo) * asked)
+        yield few_rows
         self.progress.end(SCORING)
         self.progress.end(ANSWERING)
         self._warn(few_rows.message())

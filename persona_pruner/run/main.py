@@ -39,17 +39,12 @@ def run(command: Command) -> int:
     with ProgressReporter(Console(stderr=command.as_json)) as progress:
         progress.begin("checking the input")
         from persona_pruner.manifest import Manifest, read_manifest
-        from persona_pruner.run.preflight import gpus_of_nodes, preflight
-        from persona_pruner.storage.open import open_storage
+        from persona_pruner.run.preflight import gpus_of_nodes
+        from persona_pruner.run.start import JobRequest, check_and_plan
 
         manifest = read_manifest(command.manifest)
         if command.limit is not None:
             manifest = Manifest(manifest.source, manifest.personas[: command.limit], manifest.warnings)
-        open_storage(command.output, settings.storage).check_writable()
-        preflight(settings, synthesis=command.synthesis, nodes=gpus_of_nodes(settings))
-        progress.begin("loading libraries")  # Ray and DeepSpeed: whoever is refused has not waited for them
-        from persona_pruner.run.job import JobRequest, run_job
-
         request = JobRequest(
             config=settings,
             manifest=manifest,
@@ -58,7 +53,11 @@ def run(command: Command) -> int:
             synthesis=command.synthesis,
             training=command.training,
         )
-        code = run_job(request, progress)
+        start = check_and_plan(request, gpus_of_nodes(settings))
+        progress.begin("loading libraries")  # Ray and DeepSpeed: whoever is refused has not waited for them
+        from persona_pruner.run.job import run_job
+
+        code = run_job(request, start, progress)
     if command.as_json:
         print(json.dumps(status_of(progress), indent=1))
     return code

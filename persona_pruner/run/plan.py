@@ -1,7 +1,5 @@
-"""What a submission would do: done, to train, to synthesize, and about what it costs. Starts and writes nothing."""
+"""What a submission would do: done, to train, to synthesize. Starts and writes nothing."""
 
-import json
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,10 +12,6 @@ from persona_pruner.run.identity import Identity
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
 
-CHARACTERS_A_TOKEN = 4
-ROW_TOKENS = 80
-"""Question and answer of a typical row, for estimates before any data are there."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -27,9 +21,6 @@ class Plan:
     to_synthesize: tuple[Persona, ...]
     failed_before: tuple[str, ...]
     """Have an error from an earlier submission; they are tried again."""
-    tokens: int
-    flop: float
-    bytes: int
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -37,9 +28,6 @@ class Plan:
             "to_train": len(self.to_train),
             "to_synthesize": len(self.to_synthesize),
             "failed_before": list(self.failed_before),
-            "tokens": self.tokens,
-            "flop": self.flop,
-            "bytes": self.bytes,
         }
 
 
@@ -73,25 +61,4 @@ def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
     started = finished | {p.id for p in train}
     synthesize = [p for p in manifest.personas if p.id not in started]
     left = {p.id for p in (*train, *synthesize)}
-    tokens, flop, size = _estimate(identity, train, synthesize)
-    failed = tuple(sorted(errors & left))
-    return Plan(done, tuple(train), tuple(synthesize), failed, tokens, flop, size)
-
-
-def _estimate(identity: Identity, train: list[Persona], synthesize: list[Persona]) -> tuple[int, float, int]:
-    """(tokens, FLOP, bytes of masks): 2 FLOP a parameter and token forward, 4 with the gradient of the mask."""
-    config = identity.config
-    shape = json.loads((identity.path / "config.json").read_text())
-    shape = shape.get("text_config", shape)
-    layers, width = shape["num_hidden_layers"], shape["hidden_size"]
-    channels = shape.get("intermediate_size") or shape.get("ffn_dim") or 4 * width
-    parameters = sum(f.stat().st_size for f in identity.path.glob("*.safetensors")) // 2
-    rows, selected = config.learning.rows_per_step, config.synthesis.select.k
-    prompts = {
-        p.id: (len(p.description) + len(config.prompt.system)) // CHARACTERS_A_TOKEN for p in (*train, *synthesize)
-    }
-    training = sum(config.learning.steps * (prompts[p.id] + rows * ROW_TOKENS) for p in (*train, *synthesize))
-    questions = config.synthesis.max_questions or 1000
-    scoring = sum(prompts[p.id] + (questions + selected) * ROW_TOKENS // 2 for p in synthesize)
-    flop = parameters * (4.0 * training + 2.0 * scoring)
-    return training + scoring, flop, (len(train) + len(synthesize)) * (layers * math.ceil(channels / 8) + 1500)
+    return Plan(done, tuple(train), tuple(synthesize), tuple(sorted(errors & left)))

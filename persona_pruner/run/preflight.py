@@ -111,7 +111,7 @@ def _without_weights(config: RunConfig, path: Path, where: str) -> tuple[Any, An
 
 def check_gpus(config: RunConfig, nodes: NodeGpus) -> None:
     """Raise ConfigError where an actor asks for more GPUs than any node can have: it would wait for ever."""
-    for name, actors in (("groups", config.groups), ("synthesis.actors", config.synthesis.actors)):
+    for name, actors in (("groups", config.group_pool), ("synthesis.actors", config.synthesis.actors)):
         if nodes.final and actors.num_gpus > nodes.most:
             raise ConfigError(
                 f"{name}.num_gpus = {actors.num_gpus:g}: no node has more than {nodes.most:g} GPUs; lower it, "
@@ -125,7 +125,7 @@ def gpus_of_nodes(config: RunConfig) -> NodeGpus | None:
     None where no actor asks for a GPU. A node of a kind that is not up may join a cluster later, so the answer is
     final only where the autoscaler tells all kinds of nodes, or where nodes with GPUs are up and nothing adds others.
     """
-    if not (config.groups.num_gpus or config.synthesis.actors.num_gpus):
+    if not (config.group_pool.num_gpus or config.synthesis.actors.num_gpus):
         return None
     if not os.environ.get("RAY_ADDRESS"):
         import torch

@@ -58,7 +58,8 @@ def connect(config: RunConfig) -> None:
 def _local_cpus(config: RunConfig) -> int:
     """CPUs that let the smallest pools start, also where the machine has fewer."""
     groups, actors = config.groups, config.synthesis.actors
-    needed = groups.min * groups.shards * groups.num_cpus + actors.min * actors.num_cpus + 0.25
+    needed = groups.min * groups.shards * groups.num_cpus + 0.25
+    needed += 0 if config.shared_pool else actors.min * actors.num_cpus
     return max(os.cpu_count() or 1, int(-(-needed // 1)))
 
 
@@ -68,7 +69,7 @@ def explain_waiting(config: RunConfig, count: int) -> str:
 
     from persona_pruner.scheduling.actor_group import bundle_of
 
-    name, amount = list(bundle_of(config.groups).items())[-1]  # GPU where they need one
+    name, amount = list(bundle_of(config.group_pool).items())[-1]  # GPU where they need one
     amount *= config.groups.shards
     free, total = (resources.get(name, 0) for resources in (ray.available_resources(), ray.cluster_resources()))
     groups = "1 group waits" if count == 1 else f"{count} groups wait"

@@ -42,6 +42,11 @@ class Group:
     since: float = 0.0
     """Monotonic time at which it became idle, or its actors began to start."""
 
+    @property
+    def load(self) -> int:
+        """Its calls; as many as it takes where one of them is to be alone."""
+        return QUEUE_DEPTH if any(call.alone for call in self.calls) else len(self.calls)
+
 
 class GroupPool:
     """`launch` requests a group; `wait` and `answer` resolve the references of its calls."""
@@ -102,6 +107,10 @@ class GroupPool:
                 break
             self._remove(longest_idle)
 
+    def idle(self) -> Group | None:
+        """A ready group without calls, the one that became so last."""
+        return next(reversed(self._by_load[0].values()), None)
+
     def free(self) -> Group | None:
         """A ready group with the fewest calls, if one takes more."""
         for groups in self._by_load[:QUEUE_DEPTH]:
@@ -109,12 +118,13 @@ class GroupPool:
                 return next(reversed(groups.values()))
         return None
 
-    def submit(self, group: Group, method: str, argument: Any, context: Any) -> None:
-        call = GroupCall(method, argument, context)
+    def submit(self, group: Group, method: str, argument: Any, context: Any, alone: bool = False) -> None:
+        """`alone`: no other call is to wait behind this one; for an idle group."""
+        call = GroupCall(method, argument, context, alone)
         if method == "train" and group.calls:
             group.actors.call("prefetch", argument)
         call.refs = group.actors.call(method, argument)
-        self._move(group, 1, call)
+        self._move(group, call)
         if len(group.calls) == 1:
             self._watch(group, call.refs)
 
@@ -205,11 +215,11 @@ class GroupPool:
         for ref in refs:
             self._watched[ref] = group
 
-    def _move(self, group: Group, change: int, call: GroupCall | None = None) -> None:
+    def _move(self, group: Group, call: GroupCall | None = None) -> None:
         """Add `call` to a ready group's calls, or take its first away, and file the group under its new load."""
-        self._by_load[len(group.calls)].pop(group.name, None)
+        self._by_load[group.load].pop(group.name, None)
         group.calls.append(call) if call is not None else group.calls.popleft()
-        self._by_load[len(group.calls)][group.name] = group
+        self._by_load[group.load][group.name] = group
 
     def _advance(self, group: Group, done: set[Any]) -> list[PoolEvent]:
         try:
@@ -246,7 +256,7 @@ class GroupPool:
         if first not in values:
             call.refs = [ref for ref in call.refs if ref not in values]
             return []
-        self._move(group, -1)
+        self._move(group)
         group.since = self._clock()
         if group.calls:
             self._watch(group, group.calls[0].refs)

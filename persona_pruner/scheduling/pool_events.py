@@ -12,6 +12,8 @@ class GroupCall:
     argument: Any
     context: Any
     """The caller's own: comes back with the answer."""
+    alone: bool = False
+    """No other call waits behind it."""
     refs: list[Any] = field(default_factory=list)
 
 

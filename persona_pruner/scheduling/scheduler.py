@@ -27,6 +27,7 @@ from persona_pruner.scheduling.pool_events import (
     GroupStarted,
     PoolEvent,
 )
+from persona_pruner.scheduling.tiles import SYNTHESIZE, Tiles
 from persona_pruner.scheduling.waiting import WaitingJobs
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
@@ -56,8 +57,10 @@ class Scheduler:
         storage: Storage,
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
+        tiles: Tiles | None = None,
     ) -> None:
         self.config, self.pool, self.storage, self._observer, self._clock = config, pool, storage, observer, clock
+        self.tiles = tiles or Tiles()
         self.jobs: dict[str, PersonaJob] = {}
         self.states: Counter[str] = Counter(dict.fromkeys(STATES, 0))
         """Arrived jobs by state."""
@@ -66,8 +69,7 @@ class Scheduler:
         self.retries = 0
         self.groups_lost = 0
         self.tokens = 0
-        self.busy_seconds = 0.0
-        """Time that groups have spent on finished calls."""
+        self._trained_seconds = 0.0
         self._waiting = WaitingJobs()
         self._arriving = True
         self._asked: set[Any] = set()
@@ -78,12 +80,17 @@ class Scheduler:
         """Arrived jobs that are to be trained."""
         return self.states["PENDING"] + self.states["RUNNING"]
 
+    @property
+    def busy_seconds(self) -> float:
+        """Time that groups have spent on finished calls."""
+        return self._trained_seconds + self.tiles.busy_seconds
+
     def failures(self) -> dict[str, str]:
         """What is wrong with each persona that has failed."""
         return {job.persona.id: job.message or "" for job in self.jobs.values() if job.state == "ERROR"}
 
     def run(self, arrivals: "queue.Queue[PersonaJob | None]", should_stop: Callable[[], bool]) -> bool:
-        """Train everything that arrives. True when all is through, False when stopped before.
+        """Train everything that arrives and that the tiles give. True when all is through, False when stopped before.
 
         `arrivals` gives a job for each persona whose data are there or have failed; None says that no more come.
         """
@@ -92,11 +99,12 @@ class Scheduler:
             if should_stop():
                 self._stop()
                 return False
-            if not self.unfinished and not self._arriving:
+            if not self.unfinished and not self._arriving and not self.tiles.left:
                 return True
             cohorts = -(-self.unfinished // self.config.learning.personas_per_step)
-            self.pool.scale(max(cohorts, int(self._arriving)))
+            self.pool.scale(max(cohorts + self.tiles.left, int(self._arriving)))
             self._assign()
+            self.tiles.assign(self.pool)
             for event in self.pool.poll(TICK_SECONDS):
                 self._take(event)
             self._read_progress()
@@ -146,6 +154,10 @@ class Scheduler:
                 self._change(persona_id, Event("started", group=group.name))
 
     def _take(self, event: PoolEvent) -> None:
+        if not isinstance(event, GroupStarted | GroupLost) and event.call.method == SYNTHESIZE:
+            for job in self.tiles.take(event):
+                self.add(job)
+            return
         match event:
             case GroupStarted(group):
                 logger.info("group %s is up", group)
@@ -164,7 +176,7 @@ class Scheduler:
 
     def _take_results(self, results: list[TrainingResult]) -> None:
         for result in results:
-            self.busy_seconds += result.busy_seconds
+            self._trained_seconds += result.busy_seconds
             self._change(result.persona_id, Event.of_result(result))
 
     def _change_all(self, persona_ids: list[str], event: Event) -> None:

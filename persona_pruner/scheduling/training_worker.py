@@ -245,13 +245,13 @@ class _GlobalCallbacks(TrainingCallbacks):
         return self._inner.pooled_scores()
 
 
-RemoteTrainingWorker: Any = ray.remote(concurrency_groups={"control": 2}, max_restarts=0)(TrainingWorker)  # type: ignore[call-overload]
-
-
-def training_pool(config: RunConfig, output: str, run_id: str) -> GroupPool:
-    """A pool of groups of TrainingWorkers; none is up yet."""
-    arguments = (config, output, run_id)
-    return GroupPool(config.groups, lambda: ActorGroup(config.groups, RemoteTrainingWorker, arguments))
+def training_pool(
+    config: RunConfig, output: str, run_id: str, worker: type[TrainingWorker] = TrainingWorker, *more: Any
+) -> GroupPool:
+    """A pool of groups of workers, which take `more` arguments; none is up yet."""
+    remote: Any = ray.remote(concurrency_groups={"control": 2}, max_restarts=0)(worker)  # type: ignore[call-overload]
+    settings, arguments = config.group_pool, (config, output, run_id, *more)
+    return GroupPool(settings, lambda: ActorGroup(settings, remote, arguments))
 
 
 def commit_mask(storage: Storage, mask: Mask | WeightMask) -> None:

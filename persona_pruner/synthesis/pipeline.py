@@ -1,8 +1,8 @@
 """Ray Data glue from a manifest to one Parquet file a persona: score, select, rewrite, commit.
 
-A tile is a fixed block of the manifest's personas; it computes its own reference sums and keeps nothing, so a failed
-tile is recomputed. What was selected for a persona goes on to its answers at once, and Ray Data holds the scoring back
-where the answering cannot follow. Only ids and counts reach the driver.
+A tile is a block of personas; it computes its own reference sums and keeps nothing, so a failed tile is recomputed, and
+scores do not depend on who shares a tile. What was selected for a persona goes on to its answers at once, and Ray Data
+holds the scoring back where the answering cannot follow. Only ids and counts reach the driver.
 """
 
 import json
@@ -31,13 +31,26 @@ from persona_pruner.synthesis.sources import Question, load_question_set
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
     """What every actor of the pipeline needs, shared through Ray's object store."""
 
     config: RunConfig
     output: str
     references: list[Persona]
     question_set: list[Question]
+
+
+def read_inputs(config: RunConfig, output_url: str, references: Sequence[Persona]) -> Inputs:
+    """Raises SourceError."""
+    if len(references) < 2 and not config.synthesis.references.path:
+        raise SourceError("one persona alone has no references; set synthesis.references.path to a file of personas")
+    return Inputs(config, output_url, list(references), load_question_set(config.synthesis))
+
+
+def tiles_of(personas: Sequence[Persona], config: RunConfig, workers: int) -> list[Sequence[Persona]]:
+    """Tiles of `synthesis.tile_personas`, smaller ones where some of the workers would have none."""
+    size = max(1, min(config.synthesis.tile_personas, -(-len(personas) // workers)))
+    return [personas[i : i + size] for i in range(0, len(personas), size)]
 
 
 def synthesize(
@@ -47,20 +60,13 @@ def synthesize(
     output_url: str,
     references: Sequence[Persona],
 ) -> Iterator[SynthesisResult]:
-    """Synthesize the personas in `todo`; yields each as soon as its data are committed, or it failed.
-
-    `personas` is the whole manifest, which is cut into tiles. Raises SourceError and RewriteError before anything
-    starts where the input is bad.
-    """
+    """Synthesize those of `personas` whose ids are in `todo`; yields each as soon as its data are committed, or it
+    failed. Raises SourceError and RewriteError before anything starts where the input is bad."""
     missing = set(todo)
     if not missing:
         return
-    inputs = _Inputs(config, output_url, list(references), load_question_set(config.synthesis))
-    if len(references) < 2 and not config.synthesis.references.path:
-        raise SourceError("one persona alone has no references; set synthesis.references.path to a file of personas")
-    size = config.synthesis.tile_personas
-    tiles = [personas[i : i + size] for i in range(0, len(personas), size)]
-    tiles = [left for tile in tiles if (left := [p for p in tile if p.id in missing])]
+    inputs = read_inputs(config, output_url, references)
+    tiles = tiles_of([p for p in personas if p.id in missing], config, config.synthesis.actors.max)
     if config.synthesis.rewrite.backend == "openai":
         OpenAiRewriter(config, open_storage(output_url, config.storage))
     if config.synthesis.rewrite.backend == "vllm":
@@ -68,7 +74,7 @@ def synthesize(
     yield from _run(inputs, tiles)
 
 
-def _run(inputs: _Inputs, tiles: Sequence[Sequence[Persona]]) -> Iterator[SynthesisResult]:
+def _run(inputs: Inputs, tiles: Sequence[Sequence[Persona]]) -> Iterator[SynthesisResult]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors come as exceptions, with their trace
@@ -85,7 +91,7 @@ def _run(inputs: _Inputs, tiles: Sequence[Sequence[Persona]]) -> Iterator[Synthe
         raise
 
 
-def _stages(data: Any, inputs: _Inputs, tiles: int) -> Any:
+def _stages(data: Any, inputs: Inputs, tiles: int) -> Any:
     """The dataset of results from that of tiles."""
     settings, actors = inputs.config.synthesis.rewrite, inputs.config.synthesis.actors
     shared = [ray.put(inputs)]
@@ -133,14 +139,14 @@ class _TileActor:
     too where no other model is asked."""
 
     def __init__(self, inputs: list[Any]) -> None:
-        self.inputs: _Inputs = ray.get(inputs[0])
+        self.inputs: Inputs = ray.get(inputs[0])
         config = self.inputs.config
         texts = [question.text for question in self.inputs.question_set]
         self.fault: UserError | None = None  # told by the first call: Ray retries a constructor that raises
         try:
             self.backbone = open_backbone(config, texts, self.inputs.references)
             own: Rewriter = OriginalAnswers() if config.synthesis.rewrite.backend == "none" else self.backbone
-            self.answering = _Answering(self.inputs, own)
+            self.answering = Answering(self.inputs, own)
         except UserError as error:
             self.fault = error
 
@@ -163,14 +169,14 @@ class _AnswerActor:
     """Sends what was selected to the rewriting model."""
 
     def __init__(self, inputs: list[Any]) -> None:
-        shared: _Inputs = ray.get(inputs[0])
+        shared: Inputs = ray.get(inputs[0])
         self.fault: UserError | None = None
         try:
-            self.answering = _Answering(shared, self._rewriter(shared))
+            self.answering = Answering(shared, self._rewriter(shared))
         except UserError as error:
             self.fault = error
 
-    def _rewriter(self, inputs: _Inputs) -> Rewriter:
+    def _rewriter(self, inputs: Inputs) -> Rewriter:
         if inputs.config.synthesis.rewrite.backend == "vllm":
             return VllmRewriter(inputs.config)
         return OpenAiRewriter(inputs.config, open_storage(inputs.output, inputs.config.storage))
@@ -182,10 +188,10 @@ class _AnswerActor:
             yield {"result": [result.to_json()]}
 
 
-class _Answering:
+class Answering:
     """`answer_and_commit` with what an actor keeps for it."""
 
-    def __init__(self, inputs: _Inputs, rewriter: Rewriter) -> None:
+    def __init__(self, inputs: Inputs, rewriter: Rewriter) -> None:
         self.inputs, self.rewriter = inputs, rewriter
         self.storage = open_storage(inputs.output, inputs.config.storage)
         self.count_tokens = token_counter(inputs.config)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from persona_pruner import activity
-from persona_pruner.backbone.load import World, free_port, load_backbone
+from persona_pruner.backbone.load import Backbone, World, free_port, load_backbone
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import ClusterError, PersonaError, UserError
 from persona_pruner.manifest import Persona
@@ -45,11 +45,14 @@ class ScoringWorker:
         activity.begin(activity.LOADING)
         torch.set_num_threads(self._config.synthesis.actors.cpu_threads)
         world = World(rank, size, address, self._config.groups.timeout_seconds)
-        backbone = load_backbone(self._config.backbone, world)
+        self.use(load_backbone(self._config.backbone, world))
+        activity.begin("")
+
+    def use(self, backbone: Backbone) -> None:
+        """Score and answer with a backbone that is loaded."""
         self._sensitivity = Sensitivity(backbone, self._config, self._questions, self._references)
         self._rewriter = SelfRewriter(backbone, self._config)
         self.model = self._rewriter.model
-        activity.begin("")
 
     def fingerprint(self) -> str:
         """The name under which rows list the backbone as the model that answered."""

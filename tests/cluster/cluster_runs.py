@@ -23,12 +23,22 @@ SMALL = [
 ]  # fmt: skip
 
 
-def command(output, *overrides, personas=3, manifest="manifests/quickstart/personas.jsonl"):
+def command(output, *overrides, personas=3, manifest="manifests/quickstart/personas.jsonl", arguments=()):
     """The words of a job as a user writes them, below the repository."""
     words = [word for setting in (*SMALL, *overrides) for word in ("--set", setting)]
     limit = ["--limit", str(personas)] if personas else []
     config = "manifests/quickstart/run.yaml"
-    return ["jobs/prune_personas.py", str(manifest), "--config", config, "--output", str(output), *limit, *words]
+    return [
+        "jobs/prune_personas.py",
+        str(manifest),
+        "--config",
+        config,
+        "--output",
+        str(output),
+        *limit,
+        *arguments,
+        *words,
+    ]
 
 
 def start(output, *overrides, env=None, **options) -> subprocess.Popen:

@@ -27,7 +27,7 @@ UNMARKED = {
     "synthesis.actors.num_cpus", "synthesis.actors.num_gpus", "learning.max_row_tokens", "learning.keep_scores",
     "learning.gradient_checkpointing", "groups.min", "groups.max", "groups.num_cpus", "groups.num_gpus",
     "groups.idle_seconds", "groups.timeout_seconds", "synthesis.rewrite.engines.min", "synthesis.rewrite.engines.max",
-    "synthesis.rewrite.engines.num_cpus", "synthesis.rewrite.engines.num_gpus",
+    "synthesis.rewrite.engines.num_cpus", "synthesis.rewrite.engines.num_gpus", "gpus",
 }  # fmt: skip
 UNMARKED_SECTIONS = ("scheduler.", "storage.", "evaluation.")
 

@@ -2,7 +2,7 @@ import dataclasses
 import threading
 
 from persona_pruner.manifest import Persona
-from persona_pruner.run.feed import SynthesisFeed
+from persona_pruner.run.feed import Opposites, SynthesisFeed
 from persona_pruner.synthesis.pipeline import SynthesisResult
 
 ADA, BEN, CLEO = (Persona(name, f"{name} sails") for name in ("ada", "ben", "cleo"))
@@ -74,10 +74,10 @@ def test_paired_personas_wait_for_the_data_of_their_opposite():
         yield SynthesisResult("ben")
         yield SynthesisResult("cleo")
 
-    feed = SynthesisFeed([ada], [ben, cleo], synthesize, paired=True)
+    feed = SynthesisFeed([ada], [ben, cleo], synthesize, Opposites([ben, cleo]))
     assert feed.arrivals.empty()
     held.set()
     assert drain(feed) == [("ben", "PENDING"), ("ada", "PENDING"), ("cleo", "PENDING")]
     failed = SynthesisResult("ben", error=("few_answers", "2 usable"))
-    feed = SynthesisFeed([ada], [ben], lambda ids: iter([failed]), paired=True)
+    feed = SynthesisFeed([ada], [ben], lambda ids: iter([failed]), Opposites([ben]))
     assert drain(feed) == [("ben", "ERROR"), ("ada", "PENDING")]

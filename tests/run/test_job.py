@@ -8,12 +8,11 @@ from mask_examples import put_mask
 from rich.console import Console
 from tiny_models import save_tiny, tiny_config
 
-from persona_pruner.config.schema import EvaluationConfig
 from persona_pruner.manifest import Manifest, Persona
 from persona_pruner.run.identity import identify
-from persona_pruner.run.job import Job, JobRequest
-from persona_pruner.run.part import Part
+from persona_pruner.run.job import Job
 from persona_pruner.run.progress import ProgressReporter
+from persona_pruner.run.start import JobRequest
 from persona_pruner.run.stop import StoppedError
 from persona_pruner.storage import keys
 from persona_pruner.storage.open import open_storage
@@ -58,14 +57,6 @@ def test_a_mask_of_this_description_and_run_counts_and_its_old_error_goes(backbo
     assert "inspect" in told
     assert "--persona ada" in told
     assert not job.storage.exists(keys.error("ada"))
-
-
-def test_a_part_is_about_its_own_personas_and_leaves_the_comparison_to_a_whole_job(backbone):
-    config = tiny_config(backbone).model_copy(update={"evaluation": EvaluationConfig(enabled=True)})
-    manifest = Manifest("m", tuple(Persona(f"p{n}", "x") for n in range(40)))
-    parts = [JobRequest(config=config, manifest=manifest, output="out", part=Part(number, 4)) for number in range(1, 5)]
-    assert sorted(p.id for part in parts for p in part.personas) == sorted(p.id for p in manifest.personas)
-    assert not any(part.evaluation for part in parts)
 
 
 class Pool:

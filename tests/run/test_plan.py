@@ -56,8 +56,6 @@ def test_what_is_done_has_data_or_lacks_them(tmp_path, identity):
     plan = make_plan(Manifest("m", people, ()), storage, identity)
     assert (ids(plan.done), ids(plan.to_train), ids(plan.to_synthesize)) == (["p0"], ["p1"], ["p2"])
     assert plan.failed_before == ("p1",)
-    assert plan.tokens > 0
-    assert plan.flop > 0
 
 
 def test_a_changed_description_is_made_again_from_its_questions_on(tmp_path, identity):

@@ -10,6 +10,7 @@ from typing import Any
 from persona_pruner.learning.outcome import Progress, TrainingResult, TrainingStatus
 from persona_pruner.manifest import Persona
 from persona_pruner.scheduling.actor_group import GroupLostError, WorkerError
+from persona_pruner.scheduling.persona_job import PersonaJob
 
 
 @dataclass(eq=False)
@@ -66,6 +67,10 @@ class World:
             raise ref.value
         return ref.value
 
+    def data(self, personas: Sequence[Persona]) -> Any:
+        """What becomes of a tile: jobs and seconds, or an error."""
+        return [PersonaJob(persona) for persona in personas], self.seconds
+
     def results(self, personas: Sequence[Persona]) -> Any:
         return self._train(personas)
 
@@ -112,15 +117,17 @@ class SimulatedGroup:
 
     def call(self, method: str, argument: Any) -> list[Reference]:
         self.calls.append((method, argument))
-        if method != "train":
+        if method not in ("train", "synthesize"):
             return [self.world.after(0.1, argument)]
         # Calls of one actor run one after the other.
         self.free_at = max(self.free_at, self.world.now) + self.world.seconds
+        if method == "synthesize":
+            return [self.world.after(self.free_at - self.world.now, self.world.data(argument))]
         return [self.world.after(self.free_at - self.world.now, self.world.results(argument))]
 
     def ask(self, method: str) -> Reference:
         self.calls.append((method, None))
-        _, personas = next(call for call in reversed(self.calls) if call[0] == "train")
+        personas = next((argument for name, argument in reversed(self.calls) if name == "train"), ())
         return self.world.after(0.1, [Progress(p.id, 5, 2.0, None, 100, 1.0) for p in personas])
 
     def lost_peer(self, refs: Sequence[Reference]) -> GroupLostError | None:

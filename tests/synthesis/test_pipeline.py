@@ -13,7 +13,7 @@ from persona_pruner.dataset import read_persona_data
 from persona_pruner.errors import BackboneError
 from persona_pruner.manifest import Persona
 from persona_pruner.storage.open import open_storage
-from persona_pruner.synthesis.pipeline import synthesize
+from persona_pruner.synthesis.pipeline import synthesize, tiles_of
 
 PEOPLE = [Persona(f"p{n}", f"number {n}, a baker") for n in range(5)] + [Persona("endless", "A talker. " * 400)]
 
@@ -67,6 +67,14 @@ def config(tmp_path, backend, **settings):
     backbone = {"path": str(tiny_models.save_tiny(tmp_path / "tiny"))}
     prompt = {"system": "{persona}", "rewrite": "{question}"}
     return check_config({"backbone": backbone, "prompt": prompt, "synthesis": synthesis})
+
+
+def test_tiles_are_full_where_every_worker_has_some_and_smaller_where_not():
+    settings = check_config({"synthesis": {"tile_personas": 4}})
+    people = [Persona(f"p{n}", "x") for n in range(18)]
+    assert [len(tile) for tile in tiles_of(people, settings, 2)] == [4, 4, 4, 4, 2]
+    assert [len(tile) for tile in tiles_of(people, settings, 8)] == [3] * 6
+    assert [persona for tile in tiles_of(people, settings, 100) for persona in tile] == people
 
 
 def synthesized(tmp_path, settings):
