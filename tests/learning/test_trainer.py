@@ -77,9 +77,18 @@ def test_training_lowers_the_loss_and_fills_the_mask_in(tmp_path):
     assert [p.step for p in seen] == list(range(1, 61))
 
 
-@pytest.mark.parametrize("method", ["ste", "gumbel", "soft_topk"])
-def test_a_restored_run_ends_bit_identical_to_an_uninterrupted_one(tmp_path, method):
-    backbone, learning = tiny(tmp_path), {"steps": 50, "method": method}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "ste"},
+        {"method": "gumbel"},
+        {"method": "soft_topk"},
+        {"objective": {"persona_tokens": 1.0, "generic": 0.25, "head_tokens": 64}},
+    ],
+    ids=lambda changes: changes.get("method", "objective"),
+)
+def test_a_restored_run_ends_bit_identical_to_an_uninterrupted_one(tmp_path, changes):
+    backbone, learning = tiny(tmp_path), {"steps": 50, **changes}
     (whole,), _ = learn(backbone, [persona_data("Ann")], learning=learning)
     (paused,), kept = learn(backbone, [persona_data("Ann")], learning=learning, stop_after=23)
     assert (paused.status, paused.step, paused.mask) == ("paused", 23, None)
