@@ -29,24 +29,14 @@ def recover(
 
 
 def run(manifest: str, config: str, output: str, to: Path, amount: tuple[int, float, int], overrides: list[str]) -> int:
-    from persona_pruner.backbone.load import load_backbone
     from persona_pruner.config.load import load_config
-    from persona_pruner.learning.shared_recovery import check_free, masked_personas, recover, save_recovered
     from persona_pruner.manifest import read_manifest
+    from persona_pruner.run.recover_backbone import Recovery, recover_backbone
     from persona_pruner.storage.open import open_storage
 
-    settings, (steps, rate, personas) = load_config(config, overrides), amount
-    check_free(to)
-    masked = masked_personas(
-        settings, read_manifest(manifest).personas, open_storage(output, settings.storage), personas
-    )
-    backbone = load_backbone(settings.backbone, deepspeed=False)
-    print(f"mending {backbone.name} under {len(masked)} masks, {steps} steps", flush=True)
-    for step, loss in enumerate(recover(backbone, settings, masked, steps, rate), 1):
-        if step == 1 or step % 10 == 0:
-            print(f"step {step}: {loss:.4f} nats per token", flush=True)
-    save_recovered(backbone, to)
-    print(f"written to {to}; use it with --set backbone.path={to}")
+    settings, personas = load_config(config, overrides), read_manifest(manifest).personas
+    recovery = Recovery(steps=amount[0], rate=amount[1], personas=amount[2])
+    recover_backbone(settings, personas, open_storage(output, settings.storage), to, recovery)
     return 0
 
 

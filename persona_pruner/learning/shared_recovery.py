@@ -23,16 +23,12 @@ from persona_pruner.backbone.files import RECOVERED
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.dataset import PersonaData, read_persona_data, uses_unfinished_answers
-from persona_pruner.errors import BackboneError, MaskError
+from persona_pruner.dataset import PersonaData
+from persona_pruner.errors import BackboneError
 from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, examples_by_prefix
 from persona_pruner.learning.encoding import EncodedData, batch, encode
 from persona_pruner.learning.objective import mask_gradient
 from persona_pruner.learning.teacher import TeacherCache
-from persona_pruner.manifest import Persona
-from persona_pruner.masks.format import Mask
-from persona_pruner.storage import keys
-from persona_pruner.storage.base import Storage
 
 PERSONAS_PER_STEP = 2
 WARM_UP_STEPS = 5
@@ -94,19 +90,6 @@ class Gains:
             module.weight.copy_((module.weight.float() + offset) * scale - offset)
             if getattr(module, "bias", None) is not None:
                 module.bias.copy_(module.bias.float() * gain_D)
-
-
-def masked_personas(config: RunConfig, personas: Sequence[Persona], storage: Storage, count: int) -> list[Masked]:
-    """The first `count` of the personas that have a mask in the output. Raises MaskError where none has one."""
-    masked: list[Masked] = []
-    for persona in personas:
-        if len(masked) < count and storage.exists(key := keys.mask(persona.id)):
-            mask = Mask.from_bytes(storage.get(key), f"{storage.url}/{key}")
-            data = read_persona_data(storage, persona, unfinished=uses_unfinished_answers(config))
-            masked.append(Masked(data, mask.keep_LI))
-    if not masked:
-        raise MaskError(f"{storage.url}: has no mask of the {len(personas)} personas; make masks first")
-    return masked
 
 
 def recover(

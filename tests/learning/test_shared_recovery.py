@@ -7,10 +7,8 @@ from persona_pruner.backbone.channels import ChannelMasks
 from persona_pruner.backbone.files import fingerprint
 from persona_pruner.backbone.load import load_backbone
 from persona_pruner.config.schema import BackboneConfig
-from persona_pruner.errors import BackboneError, MaskError
-from persona_pruner.learning.shared_recovery import Gains, Masked, masked_personas, recover, save_recovered
-from persona_pruner.manifest import Persona
-from persona_pruner.storage.open import open_storage
+from persona_pruner.errors import BackboneError
+from persona_pruner.learning.shared_recovery import Gains, Masked, recover, save_recovered
 
 
 def loaded(path):
@@ -48,8 +46,3 @@ def test_folded_weights_compute_what_the_gains_do(tmp_path, family):
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "mended")
         assert torch.allclose(plain(tokens).logits, expected, atol=1e-3)
         assert not torch.allclose(AutoModelForCausalLM.from_pretrained(path)(tokens).logits, expected, atol=1e-2)
-
-
-def test_an_output_without_masks_is_refused(tmp_path):
-    with pytest.raises(MaskError, match="no mask of the 1 personas"):
-        masked_personas(tiny_config(), [Persona("ann", "Ann")], open_storage(tmp_path), 4)

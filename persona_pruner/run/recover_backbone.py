@@ -1,0 +1,81 @@
+"""A backbone mended for the masks of an output: read them, learn the gains, and write it where it does better."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from persona_pruner.backbone.load import Backbone, load_backbone
+from persona_pruner.config.schema import RunConfig
+from persona_pruner.dataset import read_persona_data, uses_unfinished_answers
+from persona_pruner.errors import MaskError
+from persona_pruner.evaluation.likelihood import heldout_loss
+from persona_pruner.learning.shared_recovery import Masked, check_free, recover, save_recovered
+from persona_pruner.manifest import Persona
+from persona_pruner.masks.format import Mask
+from persona_pruner.storage import keys
+from persona_pruner.storage.base import Storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """How much is learned. `rate` is Adam's for the gains, `personas` under how many masks."""
+
+    steps: int = 40
+    rate: float = 0.02
+    personas: int = 16
+
+
+def recover_backbone(
+    config: RunConfig,
+    personas: Sequence[Persona],
+    storage: Storage,
+    to: Path,
+    recovery: Recovery,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write the mended backbone to `to`.
+
+    Raises MaskError where there is no mask, a mask is of another backbone, or held-out answers under the masks are no
+    better than before; BackboneError where `to` is in use. Nothing is written then.
+    """
+    check_free(to)
+    backbone = load_backbone(config.backbone, deepspeed=False)
+    masked = list(_masked(config, personas, storage, backbone, recovery.personas))
+    say(f"mending {backbone.name} under {len(masked)} masks, {recovery.steps} steps")
+    before = _heldout(backbone, config, masked)
+    for step, loss in enumerate(recover(backbone, config, masked, recovery.steps, recovery.rate), 1):
+        if step == 1 or step % 10 == 0:
+            say(f"step {step}: {loss:.4f} nats per token")
+    after = _heldout(backbone, config, masked)
+    told = f"held-out answers under the masks: {before:.4f} before, {after:.4f} after (nats per token)"
+    if not after < before:
+        raise MaskError(f"{told}: not better, nothing was written; try a lower --rate than {recovery.rate:g}")
+    save_recovered(backbone, to)
+    say(told)
+    say(f"written to {to}; use it with --set backbone.path={to}")
+
+
+def _masked(
+    config: RunConfig, personas: Sequence[Persona], storage: Storage, backbone: Backbone, count: int
+) -> list[Masked]:
+    """The first `count` of the personas that have a mask in the output."""
+    masked: list[Masked] = []
+    for persona in personas:
+        if len(masked) < count and storage.exists(key := keys.mask(persona.id)):
+            where = f"{storage.url}/{key}"
+            mask = Mask.from_bytes(storage.get(key), where)
+            mask.check(where, persona.id, backbone.fingerprint)
+            data = read_persona_data(storage, persona, unfinished=uses_unfinished_answers(config))
+            masked.append(Masked(data, mask.keep_LI))
+    if not masked:
+        raise MaskError(f"{storage.url}: has no mask of the {len(personas)} personas; make masks first")
+    return masked
+
+
+def _heldout(backbone: Backbone, config: RunConfig, masked: Sequence[Masked]) -> float:
+    """Mean over the personas; of their training rows where they have no others."""
+    return statistics.mean(
+        heldout_loss(backbone, config, each.data.description, each.data.heldout or each.data.train, each.keep_LI)
+        for each in masked
+    )

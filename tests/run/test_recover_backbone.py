@@ -1,0 +1,57 @@
+import dataclasses
+
+import pytest
+from mask_examples import mask
+from tiny_models import save_tiny, tiny_config
+
+from persona_pruner.backbone.files import fingerprint
+from persona_pruner.config.load import check_config
+from persona_pruner.errors import BackboneError, MaskError
+from persona_pruner.manifest import Persona
+from persona_pruner.masks.format import Mask
+from persona_pruner.run.recover_backbone import Recovery, recover_backbone
+from persona_pruner.storage import keys
+from persona_pruner.storage.open import open_storage
+from persona_pruner.synthesis.commit import DataRow, commit
+from persona_pruner.synthesis.sources import Question, question_id
+
+PERSONAS = [Persona("ada", "Ada, a pilot"), Persona("bo", "Bo, a baker"), Persona("cy", "Cy, who has no mask")]
+
+
+@pytest.fixture
+def output(tmp_path):
+    """(configuration, storage) with rows and masks of the first two personas."""
+    path = save_tiny(tmp_path / "first")
+    config = check_config(
+        {**tiny_config(path).model_dump(mode="json"), "synthesis": {"filter": {"min_answers": 2, "min_words": 1}}}
+    )
+    storage = open_storage(tmp_path / "out")
+    questions = [Question(question_id(text), text, None) for text in (f"Question {n}?" for n in range(12))]
+    for persona in PERSONAS[:2]:
+        rows = [DataRow(q, 0.5, "ok", f"{persona.id} says {n}.") for n, q in enumerate(questions)]
+        commit(config, storage, persona, rows, "tiny")
+        made = mask(persona.id, channels=64, kept=32)
+        metadata = dataclasses.replace(made.metadata, backbone_fingerprint=fingerprint(path))
+        storage.put(keys.mask(persona.id), Mask(made.keep_LI, metadata).to_bytes())
+    return config, storage
+
+
+def test_the_mended_backbone_is_written_where_it_does_better(output, tmp_path):
+    config, storage = output
+    said = []
+    recover_backbone(config, PERSONAS, storage, tmp_path / "mended", Recovery(steps=20), said.append)
+    assert "under 2 masks" in said[0]
+    assert "held-out answers under the masks" in said[-2]
+    assert (tmp_path / "mended" / "config.json").is_file()
+    with pytest.raises(BackboneError, match="not empty"):
+        recover_backbone(config, PERSONAS, storage, tmp_path / "mended", Recovery(), said.append)
+
+
+@pytest.mark.parametrize(
+    ("personas", "reason"), [(PERSONAS[:2], "not better.*--rate than 9"), (PERSONAS[2:], "no mask")]
+)
+def test_nothing_is_written_where_it_does_not(output, tmp_path, personas, reason):
+    config, storage = output
+    with pytest.raises(MaskError, match=reason):
+        recover_backbone(config, personas, storage, tmp_path / "mended", Recovery(steps=3, rate=9), lambda _: None)
+    assert not (tmp_path / "mended").exists()
