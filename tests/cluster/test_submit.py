@@ -1,51 +1,18 @@
 """The same job through a started cluster with token authentication, and with an S3 output."""
 
-import os
 import secrets
 import subprocess
-import sys
 from hashlib import sha256
 from pathlib import Path
 
 import cluster_runs as runs
 import pytest
-from s3_server import free_port, new_bucket
+from ray_nodes import BIN, Head
+from s3_server import new_bucket
 
 from persona_pruner import MaskStore
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-BIN = Path(sys.executable).parent
-
-
-class Head:
-    """A head node of its own, ended with all it has started."""
-
-    def __init__(self, directory: Path, cpus: int = 2) -> None:
-        self.port, dashboard = free_port(), free_port()
-        self.address = f"http://127.0.0.1:{dashboard}"
-        self.env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-        self.env.pop("RAY_ADDRESS", None)
-        self.env["PATH"] = f"{BIN}:{self.env['PATH']}"
-        words = [
-            "--head", "--block", f"--port={self.port}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}",
-            f"--temp-dir={directory}", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1",
-            f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
-        ]  # fmt: skip
-        self.log = (directory / "head.log").open("w")
-        self.process = subprocess.Popen(
-            [BIN / "ray", "start", *words], env=self.env, stdout=self.log, stderr=self.log, start_new_session=True
-        )
-        runs.wait_for(self._up, 90)
-
-    def _up(self) -> bool:
-        done = subprocess.run(
-            [BIN / "ray", "job", "list", "--address", self.address], env=self.env, capture_output=True, text=True
-        )
-        return done.returncode == 0
-
-    def close(self) -> None:
-        runs.kill_tree(self.process)
-        self.log.close()
 
 
 @pytest.fixture(scope="module")
