@@ -11,10 +11,6 @@ from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import ClusterError
 from persona_pruner.run.progress import ProgressReporter
 
-# Ray starts a local cluster for whoever touches it unconnected, also a thread that outlives the job. Read when ray is
-# imported.
-os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-
 
 @contextmanager
 def ray_cluster(config: RunConfig, progress: ProgressReporter) -> Iterator[None]:
@@ -24,8 +20,10 @@ def ray_cluster(config: RunConfig, progress: ProgressReporter) -> Iterator[None]
     if not os.environ.get("RAY_ADDRESS"):
         compile_operator(progress.begin)
     if not ray.is_initialized():
-        progress.begin("starting Ray" if not os.environ.get("RAY_ADDRESS") else "connecting to Ray")
+        phase = "connecting to Ray" if os.environ.get("RAY_ADDRESS") else "starting Ray"
+        progress.begin(phase)
         connect(config)
+        progress.end(phase)
     try:
         from persona_pruner.scheduling.activity_channel import ActivityReader
 

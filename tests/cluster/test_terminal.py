@@ -123,6 +123,7 @@ def interrupted(tmp_path_factory):
 def test_the_phase_and_a_moving_time_show_before_anything_heavy_and_counts_move_from_then_on(interrupted):
     order = ["checking the input", "loading libraries", "starting Ray", "scoring", "answering"]
     assert sorted(order, key=interrupted.shown.index) == order
+    assert re.search("✓ +starting Ray", interrupted.shown)  # not for as long as the run goes on
     seconds = list(interrupted.seconds.values())
     assert seconds[1] < seconds[2]
 

@@ -30,7 +30,7 @@ def test_a_cluster_that_does_not_answer_is_one_line_with_its_address(monkeypatch
 
 def test_a_touch_of_ray_without_a_cluster_starts_none():
     code = (
-        "import persona_pruner.run.ray_cluster, ray\n"
+        "import persona_pruner.run.job, ray\n"
         "try:\n    ray.put(1)\n"
         "except Exception as error:\n    print(type(error).__name__, ray.is_initialized())\n"
     )
