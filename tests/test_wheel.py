@@ -69,6 +69,8 @@ def test_run_list_compare_report_of_the_packaged_example(command, example):
     words = ("--backbone", "backbone", "--persona", first["persona_id"], "--question", "Who are you?", "--json")
     answers = json.loads(run(command, example, "compare", "out", *words))
     assert list(answers["Who are you?"]) == ["unpruned", first["persona_id"], second["persona_id"]]
+    page = Path(run(command, example, "report", "out").split()[-1])
+    assert first["persona_id"] in page.read_text()
 
 
 def test_submit_to_a_cluster_that_has_the_wheel_and_wants_a_token(command, example):
