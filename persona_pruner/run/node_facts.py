@@ -29,7 +29,7 @@ def node_facts(backbone: Mapping[str, Any] | None, output: str | None) -> dict[s
         "gpus": _gpus(),
         "shared_memory": _total("/dev/shm"),
         "compiler": shutil.which(os.environ.get("CXX", "g++")),
-        "operators": _operators(cache),
+        "operators": _operators(),
         "disks": {str(place): _disk(place) for place in (cache, Path("/tmp"))},
         "backbone": _backbone(backbone) if backbone else None,
         "output": _output(output) if output else None,
@@ -65,23 +65,10 @@ def _total(path: str) -> int:
         return 0
 
 
-def _operators(cache: Path) -> bool:
-    """Whether DeepSpeed's operator for CPUs is compiled, with DeepSpeed itself or at an earlier use."""
-    try:
-        text = (
-            (importlib.metadata.distribution("deepspeed").locate_file("deepspeed"))
-            .joinpath(  # type: ignore[attr-defined]
-                "git_version_info_installed.py"
-            )
-            .read_text()
-        )
-    except (importlib.metadata.PackageNotFoundError, OSError):
-        text = ""
-    if "'deepspeed_shm_comm': True" in text:
-        return True
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    places = [Path(given)] if given else list((cache / "persona-pruner").glob("operators-*"))
-    return any(list(place.glob("**/*.so")) for place in places)
+def _operators() -> bool:
+    from persona_pruner.backbone.operator import is_compiled
+
+    return is_compiled()
 
 
 def _disk(path: Path) -> dict[str, int]:

@@ -118,6 +118,7 @@ def test_node_without_the_package_is_told_with_what_it_said(nodes, tmp_path):
 def test_cluster_that_answers_but_takes_no_driver(nodes):
     """The head's raylet is gone, its control service is not."""
     (head,) = nodes.nodes
+    runs.wait_for(nodes.ids)
     os.kill(head.pid, signal.SIGSTOP)  # else it would end the other processes of the node
     kill_raylet(head)
     findings = diagnose(nodes)

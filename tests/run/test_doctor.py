@@ -162,7 +162,8 @@ def test_no_compiler_and_no_operators(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert_red(found()["compiler"], "neither a C++ compiler", "apt-get install g++")
-    (tmp_path / "shm.so").touch()
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    (tmp_path / "deepspeed_shm_comm" / "compiled").touch()
     assert found()["compiler"].ok is True
 
 
