@@ -26,6 +26,7 @@ def built(kustomize, helm_template, how):
 
 EVERY_WAY = [
     "base", *(f"overlays/{name}" for name in OVERLAYS), "helm", "helm job.enabled=true queue=personas monitoring=true",
+    "helm serving.enabled=true",
 ]  # fmt: skip
 
 
@@ -274,6 +275,14 @@ def test_chart_gives_what_kustomize_gives(kustomize, helm_template):
     job, charted = kueue["RayJob", NAME], queued["RayJob", NAME]
     assert job["spec"] == charted["spec"]
     assert job["metadata"]["annotations"] == charted["metadata"]["annotations"]
+    served, chart = kustomize("kuberay/overlays/serving"), helm_template("serving.enabled=true")
+    assert set(served) == set(chart)
+    for name in served:
+        specs = [objects[name].get("spec") for objects in (served, chart)]
+        for spec in specs:
+            if name[0] == "RayService":
+                spec["serveConfigV2"] = yaml.safe_load(spec["serveConfigV2"])
+        assert specs[0] == specs[1], name
     monitored, production = helm_template("monitoring=true"), kustomize("kuberay/overlays/production")
     for kind in ("PodMonitor", "PrometheusRule"):
         assert monitored[kind, NAME]["spec"] == production[kind, NAME]["spec"]
@@ -300,6 +309,13 @@ def test_values_of_the_chart_reach_every_pod(helm_template):
     assert yaml.safe_load(objects["ConfigMap", "team-a"]["data"]["run.yaml"]) == {"learning": {"steps": 40}}
     role = objects["ServiceAccount", "team-a"]["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
     assert role == "arn:aws:iam::1:role/x"
+
+
+def test_arguments_of_the_server_come_from_the_values_of_the_chart(helm_template):
+    spec = helm_template("serving.enabled=true", "serving.args.output=s3://other/run")["RayService", NAME]["spec"]
+    (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    assert application["args"]["output"] == "s3://other/run"
+    assert application["args"]["engine"] == "vllm"
 
 
 def test_init_container_pulls_the_backbone_into_the_cache(kustomize, bucket, example, tmp_path):

@@ -16,6 +16,10 @@
 {{- $_ := set $worker.template.spec "nodeSelector" . }}
 {{- end }}
 {{- range $pod := list $spec.headGroupSpec.template.spec $worker.template.spec }}
+{{- if $.Values.serving.enabled }}
+{{- $container := index $pod.containers 0 }}
+{{- $_ := set $container "ports" (append $container.ports (dict "name" "serve" "containerPort" 8000)) }}
+{{- end }}
 {{- $_ := set $pod "serviceAccountName" $.Release.Name }}
 {{- range $volume := $pod.volumes }}
 {{- if eq $volume.name "config" }}
@@ -23,7 +27,7 @@
 {{- end }}
 {{- end }}
 {{- range $container := concat $pod.containers ($pod.initContainers | default list) }}
-{{- $_ := set $container "image" $.Values.image }}
+{{- $_ := set $container "image" (ternary $.Values.serving.image $.Values.image $.Values.serving.enabled) }}
 {{- $_ := set (index $container.envFrom 0).secretRef "name" $.Values.secret }}
 {{- range $name, $value := $.Values.env }}
 {{- $_ := set $container "env" (append $container.env (dict "name" $name "value" (toString $value))) }}
