@@ -13,7 +13,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from pages import PAGES, ROOT, blocks_of
+from pages import LANGUAGES, PAGES, ROOT, blocks_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 NUMBER = re.compile(r"\d[\d,]*\.?\d*")
@@ -72,6 +72,13 @@ def test_the_commands_of_a_page_run_in_their_order_and_print_its_figures(page, w
         elif block.language == "text":
             for line in filter(NUMBER.search, block.text.splitlines()):
                 assert any(is_near(line, other) for other in printed.splitlines()), f"{block}: nobody prints {line!r}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_says_what_it_is_and_commands_are_run_or_have_a_reason(page):
+    for block in blocks_of(page):
+        assert block.language in LANGUAGES, f"{block}: {block.language!r} is none of {LANGUAGES}"
+        assert block.language == "sh" or not re.search(r"^(make|ray|\S*persona-pruner) [a-z]", block.text, re.M), block
 
 
 def is_near(line: str, other: str) -> bool:

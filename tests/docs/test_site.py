@@ -7,7 +7,7 @@ import sys
 import pytest
 import typer
 import yaml
-from pages import LANGUAGES, PAGES, ROOT, blocks_of, commands_of
+from pages import PAGES, ROOT, blocks_of, commands_of
 
 from persona_pruner.cli import app
 from persona_pruner.config.load import check_config
@@ -44,10 +44,3 @@ def test_configurations_that_the_pages_show_are_valid():
     assert shown
     for block in shown:
         check_config(yaml.safe_load(block.text), str(block))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_block_says_what_it_is_and_commands_are_run_or_have_a_reason(page):
-    for block in blocks_of(page):
-        assert block.language in LANGUAGES, f"{block}: {block.language!r} is none of {LANGUAGES}"
-        assert block.language == "sh" or not re.search(r"^(make|ray|\S*persona-pruner) [a-z]", block.text, re.M), block
