@@ -10,8 +10,8 @@ PACKAGE = ROOT / "persona_pruner"
 
 # Lower numbers know nothing of higher ones.
 LEVELS = {
-    "errors": 0, "activity": 0, "config": 1, "storage": 2, "manifest": 3, "dataset": 4, "masks": 4, "backbone": 5,
-    "learning": 6, "evaluation": 7, "scheduling": 8, "serving": 8, "synthesis": 9, "run": 10, "cli": 11,
+    "errors": 0, "activity": 0, "endpoint": 1, "config": 1, "storage": 2, "manifest": 3, "dataset": 4, "masks": 4,
+    "backbone": 5, "learning": 6, "evaluation": 7, "scheduling": 8, "serving": 8, "synthesis": 9, "run": 10, "cli": 11,
 }  # fmt: skip
 ALLOWED_BELOW = {("masks", "backbone")}
 """Lazy imports: Mask.apply hooks into a model."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from persona_pruner.config.evaluation import AnswersConfig, EvaluationConfig
+from persona_pruner.config.evaluation import AnswersConfig, EvaluationConfig, JudgeConfig
 from persona_pruner.config.learning import HalvingConfig, LearningConfig, ObjectiveConfig, StoppersConfig
 from persona_pruner.config.section import BackbonePool, Count, Hashed, NonNegative, Positive, Section
 from persona_pruner.config.synthesis import (
@@ -28,6 +28,7 @@ __all__ = [
     "FilterConfig",
     "GroupsConfig",
     "HalvingConfig",
+    "JudgeConfig",
     "LearningConfig",
     "ObjectiveConfig",
     "PromptConfig",

@@ -35,19 +35,23 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
     return _estimate((array,), lambda sample, axis=-1: sample.mean(axis))
 
 
-def headline(rows: Sequence[Mapping[str, float]], baselines: Sequence[str]) -> Headline | None:
-    """`rows`: one figure per persona for "unpruned", "own" and baselines, all better in the same direction.
+def headline(
+    rows: Sequence[Mapping[str, float]], baselines: Sequence[str], *, higher_is_better: bool
+) -> Headline | None:
+    """`rows`: one figure per persona for "unpruned", "own" and baselines.
 
-    The strongest baseline is the one with the smallest mean drop. None where nobody has all of them, or where that
-    baseline loses nothing.
+    The strongest baseline is the one with the smallest mean drop. None where nobody has all of them, or where it is
+    not certain that this baseline loses anything: the interval of its drop holds 0.
     """
     names = [name for name in baselines if rows and all(name in row for row in rows)]
     if not names or any("unpruned" not in row or "own" not in row for row in rows):
         return None
     columns = {name: np.array([row[name] for row in rows]) for name in ("unpruned", "own", *names)}
-    drops = {name: abs(columns[name].mean() - columns["unpruned"].mean()) for name in names}
-    strongest = min(drops, key=lambda name: drops[name])
-    if drops[strongest] < 1e-9:
+    sign = 1 if higher_is_better else -1
+    drops = {name: sign * (columns["unpruned"] - columns[name]) for name in names}
+    strongest = min(drops, key=lambda name: float(drops[name].mean()))
+    drop = mean_estimate(list(drops[strongest]))
+    if (drop.value if drop.low is None else drop.low) <= 0:
         return None
 
     def share(unpruned: np.ndarray, own: np.ndarray, baseline: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -67,4 +71,5 @@ def _estimate(columns: tuple[np.ndarray, ...], statistic: object) -> Estimate:
     interval = bootstrap(
         columns, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile", rng=0
     ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high), count)
+    low, high = float(interval.low), float(interval.high)
+    return Estimate(value, low, high, count) if np.isfinite([low, high]).all() else Estimate(value, None, None, count)

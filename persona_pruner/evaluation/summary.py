@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import fmean
 from typing import Any
@@ -20,6 +20,8 @@ from persona_pruner.storage import keys
 from persona_pruner.storage.base import ObjectInfo, Storage
 from persona_pruner.storage.open import read_parquet
 
+Measures = Mapping[str, Mapping[str, float | None]]
+"""By arm and name."""
 MEANS = ("ended", "words", "repetition", "own_loss", "rank", "similarity")
 MEASURES = (*MEANS, "distinct_1", "distinct_2", "first")
 """Of one persona under one arm. `first`: share of answers for which its own description ranks first."""
@@ -39,6 +41,8 @@ COLUMNS = pa.schema(
         ("repetition", pa.float64()),
         ("distinct_2", pa.float64()),
         ("similarity", pa.float64()),
+        ("judge", pa.float64()),
+        ("judge_coherence", pa.float64()),
         ("passes", pa.int8()),
     ]
 )
@@ -94,15 +98,24 @@ def stored_losses(storage: Storage) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def summarize(
-    answers: Iterable[pa.Table], losses: Mapping[str, Mapping[str, Mapping[str, float]]], conditions: Sequence[str]
+    answers: Iterable[pa.Table],
+    losses: Mapping[str, Mapping[str, Mapping[str, float]]],
+    conditions: Sequence[str],
+    verdicts: Callable[[str, pa.Table], Measures] = lambda persona_id, answers: {},
 ) -> pa.Table:
-    """A row of COLUMNS for each persona that was asked or compared. Raises ConfigError for a wrong condition."""
+    """A row of COLUMNS for each persona that was asked or compared. `verdicts` are judges' means by arm.
+
+    Raises ConfigError for a wrong condition.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for table in answers:
         own = by_arm(table).get("own")
         if own is not None:
             persona_id = table["persona_id"][0].as_py()
             rows[persona_id] = {name: value for name, value in own.items() if name in COLUMNS.names}
+            judges = verdicts(persona_id, table).get("own", {})
+            rows[persona_id]["judge"] = judges.get("judge_consistency")
+            rows[persona_id]["judge_coherence"] = judges.get("judge_coherence")
             rows[persona_id]["answers"] = pc.sum(pc.equal(table["arm"], "own")).as_py()
     for persona_id, by_text in losses.items():
         row = rows.setdefault(persona_id, {})

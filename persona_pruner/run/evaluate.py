@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import pyarrow as pa
 
@@ -11,11 +12,13 @@ from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import EXIT_PERSONAS_FAILED, EXIT_STOPPED, MaskError, UserError
 from persona_pruner.evaluation import summary, table
 from persona_pruner.evaluation.answers import AnswerTask, digest_of, is_answered
+from persona_pruner.evaluation.judge import judged
+from persona_pruner.evaluation.judging import judge_all
 from persona_pruner.evaluation.questions import read_questions_file
 from persona_pruner.learning.pooled import pooled_sample
 from persona_pruner.masks.catalog import build_catalog
 from persona_pruner.run.lease import Lease
-from persona_pruner.run.phases import ASKING
+from persona_pruner.run.phases import ASKING, JUDGING
 from persona_pruner.run.preflight import gpus_of_nodes, preflight
 from persona_pruner.run.progress import ProgressReporter
 from persona_pruner.run.ray_cluster import ray_cluster
@@ -58,7 +61,11 @@ def run_evaluation(request: EvaluationRequest, progress: ProgressReporter) -> in
                 progress.close("stopped")
                 progress.say(f"stopped ({evaluation.stop.reason}); say the same again to go on")
                 return EXIT_STOPPED
-        return evaluation.report()
+        ended_by = evaluation.judge()
+        status = evaluation.report()
+        if ended_by is not None:
+            progress.say(f"judges stopped ({ended_by}); say the same again to go on")
+        return EXIT_STOPPED if ended_by is not None else status
 
 
 @dataclass
@@ -166,12 +173,24 @@ class Evaluation:
             self._global_key = key
         return self._global_key is not None
 
+    def judge(self) -> str | None:
+        """Ask the judges, if there are any; why it ended before the end, if it did."""
+        judges = self.request.config.evaluation.judges
+        if not judges:
+            return None
+        asked = [name for name in self.personas if name not in self.failures]
+        self.progress.begin(JUDGING, len(judges) * len(asked))
+        count = partial(self.progress.count, JUDGING)
+        ended_by = judge_all(self.request.config, self.storage, asked, self.stop, count)
+        self.progress.end(JUDGING)
+        return ended_by
+
     def report(self) -> int:
         """Summary, table, and what failed. Returns the exit status."""
         config = self.request.config
         answers = summary.read_answers(self.storage, config.storage.connections)
         losses = summary.stored_losses(self.storage)
-        rows = summary.summarize(answers, losses, config.evaluation.passes)
+        rows = summary.summarize(answers, losses, config.evaluation.passes, partial(judged, self.storage))
         summary.store_summary(self.storage, rows)
         self.progress.close("failed" if self.failures else "done")
         shown = summary.read_answers(self.storage, config.storage.connections, self.personas)

@@ -8,7 +8,8 @@ from persona_pruner.activity import ANSWERING, SCORING
 TRAINING = "training"
 COMPARING = "comparing"
 ASKING = "asking"
-UNITS = {SCORING: "questions", ANSWERING: "answers", TRAINING: "personas", COMPARING: "personas", ASKING: "personas"}
+JUDGING = "judging"
+UNITS = {SCORING: "questions", ANSWERING: "answers"} | dict.fromkeys((TRAINING, COMPARING, ASKING, JUDGING), "personas")
 
 
 @dataclass

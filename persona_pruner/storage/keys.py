@@ -17,6 +17,9 @@ EVALUATION = "evaluation/"
 EVALUATION_ANSWERS = "evaluation/answers/"
 EVALUATION_SUMMARY = "evaluation/summary.parquet"
 GLOBAL_MASKS = "evaluation/global/"
+EVALUATION_TABLES = "evaluation/tables/"
+"""Tables for the report, one JSON object each: `columns` and `rows`."""
+EVALUATION_COSTS = f"{EVALUATION_TABLES}costs.json"
 REPORT = "report.html"
 LEASES = "lease/"
 
@@ -72,6 +75,11 @@ def evaluation(persona_id: str) -> str:
 def evaluation_answers(persona_id: str, digest: str = "") -> str:
     """Answers of a persona under every arm, named by what decided them; without a digest, where they lie."""
     return f"{EVALUATION_ANSWERS}{persona_id}/{f'{digest}.parquet' if digest else ''}"
+
+
+def judgements(persona_id: str, digest: str = "") -> str:
+    """Verdicts of judges on a persona's answers, some at a time; without a digest, where they lie."""
+    return f"{EVALUATION}judgements/{persona_id}/{f'{digest}.json' if digest else ''}"
 
 
 def global_mask(digest: str) -> str:

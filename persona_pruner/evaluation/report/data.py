@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from persona_pruner.errors import MaskError, StorageError, UserError
 from persona_pruner.evaluation.answers import ARMS
+from persona_pruner.evaluation.judge import judged
 from persona_pruner.evaluation.summary import by_arm, read_answers, stored_losses
 from persona_pruner.learning.pooled import pooled_sample
 from persona_pruner.masks.catalog import mask_objects
@@ -95,7 +96,7 @@ def read_report_data(storage: Storage, connections: int = 16) -> ReportData:
     ordered = sorted(figures.values(), key=lambda one: (-one.loss, one.id))
     names = _same_shape(keeps)
     keep_PLI = np.stack([keeps[name] for name in names]) if names else np.zeros((0, 0, 0), bool)
-    documents = {name: _document(storage, f"{keys.EVALUATION}{name}.json") for name in ("benchmarks", "costs")}
+    documents = {name: _document(storage, f"{keys.EVALUATION_TABLES}{name}.json") for name in ("benchmarks", "costs")}
     return ReportData(
         storage.url, _document(storage, keys.RUN), _document(storage, keys.STATUS), ordered,
         _fitting(answers, ordered), names, keep_PLI, errors, {name: one for name, one in documents.items() if one},
@@ -129,7 +130,9 @@ def _answers(storage: Storage, figures: dict[str, PersonaFigures], connections: 
     for table in read_answers(storage, connections):
         persona_id = table["persona_id"][0].as_py()
         if persona_id in figures:
-            figures[persona_id].measures.update(by_arm(table))
+            verdicts = judged(storage, persona_id, table)
+            measures = {arm: {**values, **verdicts.get(arm, {})} for arm, values in by_arm(table).items()}
+            figures[persona_id].measures.update(measures)
             samples[persona_id] = _side_by_side(table)
     return samples
 

@@ -31,6 +31,7 @@ MEASURES = {
     "distinct_2": "distinct-2",
     "judge_consistency": "judge: consistency (0 to 100)",
     "judge_coherence": "judge: coherence (0 to 100)",
+    "preferred": "judge: pairs that the own mask's answer wins against this arm",
 }
 
 
@@ -99,11 +100,13 @@ def _headlines(personas: Sequence[PersonaFigures]) -> list[tuple[str, Headline]]
     for name in ("judge_consistency", "judge_coherence", "first"):
         rows = [{arm: values.get(name) for arm, values in one.measures.items()} for one in personas if one.measures]
         complete = [row for row in rows if all(value is not None for value in row.values())]
-        one = headline(complete, ("global", "baseline")) if complete else None  # type: ignore[arg-type]
+        one = headline(complete, ("global", "baseline"), higher_is_better=True) if complete else None  # type: ignore[arg-type]
         if one is not None:
             found.append((MEASURES[name], one))
     for text, title in TEXTS.items():
-        one = headline([person.losses[text] for person in personas if text in person.losses], BASELINES)
+        one = headline(
+            [person.losses[text] for person in personas if text in person.losses], BASELINES, higher_is_better=False
+        )
         if one is not None:
             found.append((f"loss on {title}", one))
     return found

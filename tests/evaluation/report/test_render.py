@@ -58,13 +58,14 @@ def browser():
 def visit(browser, file, width=1400, **options):
     """The page once its charts are drawn, with what it said and asked for."""
     page = browser.new_context(viewport={"width": width, "height": 900}, **options).new_page()
+    page.set_default_timeout(180_000)
     seen = SimpleNamespace(page=page, messages=[], requests=[])
     page.on("console", lambda message: seen.messages.append(message.text))
     page.on("pageerror", lambda error: seen.messages.append(str(error)))
     page.on("request", lambda request: seen.requests.append(request.url))
     page.goto(file.as_uri())
     for chart in page.query_selector_all("[data-chart]"):
-        chart.wait_for_selector("svg", state="attached", timeout=60_000)
+        chart.wait_for_selector("svg", state="attached")
     return seen
 
 

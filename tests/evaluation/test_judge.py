@@ -1,0 +1,97 @@
+"""The arithmetic of judges against a plain re-implementation on recorded replies."""
+
+import json
+import math
+
+import pyarrow as pa
+import pytest
+from judge_server import alternatives
+
+from persona_pruner.config.evaluation import JudgeConfig, JudgePrompts
+from persona_pruner.evaluation.answers import SCHEMA
+from persona_pruner.evaluation.judge import expected_score, inquiries, judged, preference
+from persona_pruner.storage import keys
+from persona_pruner.storage.open import open_storage
+
+RECORDED = [
+    [("85", -0.2), ("90", -2.0), ("Sure", -5.0)],
+    [("Sure", -0.1), ("85", -3.0)],
+    [(" 70", -1.0), ("70", -1.5), ("101", -0.9), ("-5", -3.0), ("1.5", -4.0)],
+    [("eighty", -0.01)],
+    [("0", math.log(0.25)), ("no", math.log(0.75))],
+    *(alternatives(f"prompt {number}") for number in range(20)),
+]
+
+
+def plain_score(top):
+    total = weighted = 0.0
+    for token, logprob in top:
+        try:
+            value = int(token.strip())
+        except ValueError:
+            continue
+        if 0 <= value <= 100:
+            probability = math.e**logprob
+            total += probability
+            weighted += probability * value
+    return None if total < 0.25 else weighted / total
+
+
+@pytest.mark.parametrize("top", RECORDED, ids=str)
+def test_a_score_is_the_expectation_over_number_tokens(top):
+    assert expected_score(top, 0.25) == pytest.approx(plain_score(top))
+
+
+def test_what_has_too_little_mass_on_numbers_is_unscored():
+    assert expected_score([("85", math.log(0.24)), ("Sure", math.log(0.76))], 0.25) is None
+    assert expected_score([("85", math.log(0.26)), ("Sure", math.log(0.74))], 0.25) == pytest.approx(85)
+    assert expected_score([], 0.0) is None
+
+
+def test_a_preference_is_the_share_of_a_among_both_letters():
+    top = [("A", math.log(0.3)), (" a", math.log(0.15)), ("B", math.log(0.15)), ("Both", math.log(0.4))]
+    assert preference(top, 0.25) == pytest.approx(75)
+    assert preference([("A", math.log(0.2)), ("I", math.log(0.8))], 0.25) is None
+
+
+def answers(own="Aye."):
+    rows = [
+        {"persona_id": "ada", "arm": arm, "question": "Why?", "number": 0, "text": text}
+        for arm, text in (("unpruned", "Arr."), ("own", own), ("global", "No."))
+    ]
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def test_every_answer_is_asked_about_and_pairs_in_both_orders():
+    judge = JudgeConfig(model="m", pairs=("global",))
+    asked = inquiries(answers(), "Ada {question}", judge, JudgePrompts(preference="{persona}: {a} or {b}?"))
+    assert [(one.verdict.aspect, one.verdict.arm) for one in asked] == [
+        *((aspect, arm) for arm in ("unpruned", "own", "global") for aspect in ("consistency", "coherence")),
+        ("preference", "global"), ("preference", "global"),
+    ]  # fmt: skip
+    assert [one.messages[0]["content"] for one in asked[-2:]] == [
+        "Ada {question}: Aye. or No.?", "Ada {question}: No. or Aye.?"
+    ]  # fmt: skip
+    assert "Character: Ada {question}" in asked[0].messages[0]["content"]
+    assert len({one.name(judge) for one in asked}) == len(asked)
+
+
+def test_verdicts_are_averaged_over_judges_and_those_of_older_answers_do_not_count(tmp_path):
+    storage = open_storage(tmp_path)
+    judges = [JudgeConfig(model=name, aspects=("consistency",), pairs=("global",)) for name in "mn"]
+    stored = {}
+    for judge, score, first, second in zip(judges, (80.0, 40.0), (90.0, 60.0), (70.0, 20.0), strict=True):
+        for one in inquiries(answers(), "Ada", judge, JudgePrompts()):
+            value = vars(one.verdict) | {"score": score}
+            if one.verdict.aspect == "preference":
+                value["score"] = second if one.verdict.swapped else first
+            stored[one.name(judge)] = value
+    storage.put(keys.judgements("ada", "0"), json.dumps(stored).encode())
+    # One judge prefers the own answer in both orders, the other changes its mind with the order.
+    assert judged(storage, "ada", answers()) == {
+        "unpruned": {"judge_consistency": 60.0}, "own": {"judge_consistency": 60.0},
+        "global": {"judge_consistency": 60.0, "preferred": 0.75},
+    }  # fmt: skip
+    assert judged(storage, "ada", answers(own="Nay.")) == {
+        "unpruned": {"judge_consistency": 60.0}, "global": {"judge_consistency": 60.0}
+    }  # fmt: skip
