@@ -104,7 +104,6 @@ def _render(to: Path, backbone: str, sources: Sequence[tuple[str, Columns]], mod
     own_type = str(model.get("dtype") or model.get("torch_dtype") or "bfloat16")
     dtype = "float32" if own_type == "float32" else "bfloat16"
     gpus = _gpus()
-    share = {0: 0, 1: 0.5}.get(gpus, 1)
     multiple = 64 if model.get("intermediate_size", 64) % 64 == 0 else 8
     return f"""\
 # A run of persona-pruner. `persona-pruner config` explains every setting; those not named here keep their defaults.
@@ -121,17 +120,13 @@ synthesis:
     backend: self  # the model answers in the persona's voice; or openai, vllm: see `persona-pruner config`
     samples_per_question: 1
     max_new_tokens: 160  # raise it where answers are cut off
-  actors:
-    num_gpus: {share:g}  # {gpus} GPUs on this machine; groups take their own share
 
 learning:
   ratio: 0.25  # share of FFN channels that is pruned
   channel_multiple: {multiple}  # kept channels per layer are a multiple of this
   steps: 100
 
-groups:  # who trains: one copy of the model each
-  max: {max(gpus // 2, 1)}
-  num_gpus: {share:g}
+gpus: {gpus}  # as many as this machine has, each with a copy of the model that scores, answers or trains, what waits
 
 evaluation:
   enabled: true  # compare each mask with baselines at the end

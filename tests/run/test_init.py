@@ -46,8 +46,8 @@ def test_the_configuration_is_ready_to_run_and_says_what_it_found(tmp_path):
     assert config.synthesis.sources[0].input is None
     text = file.read_text()
     assert "also there: score" in text
-    assert text.count("#") > 10
-    assert set(yaml.safe_load(text)) == {"backbone", "synthesis", "learning", "groups", "evaluation"}
+    assert text.count("#") > 8
+    assert set(yaml.safe_load(text)) == {"backbone", "synthesis", "learning", "gpus", "evaluation"}
 
 
 def test_files_beside_the_configuration_are_named_from_there(tmp_path):
