@@ -93,6 +93,19 @@ def export_pruned(mask: Mask, backbone_config: BackboneConfig, to: Path, *, comp
     return before | after | comparison | {"padded_channels": float(padded)}
 
 
+def pruned_copy(model: Any, keep_LI: Tensor) -> Any:
+    """The model with only the kept channels, as `export_pruned` writes it; `model` stays as it is.
+
+    Raises BackboneError for an architecture that cannot be exported.
+    """
+    refusal = export_refusal(model.config)
+    if refusal is not None:
+        raise BackboneError(f"cannot be exported: {refusal}; apply the mask to the backbone instead")
+    pruned = copy.deepcopy(model)
+    _shrink(pruned, keep_LI, compact=False)
+    return pruned
+
+
 def _without_weights(config: Any) -> Any:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)

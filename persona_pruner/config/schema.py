@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from persona_pruner.config.evaluation import AnswersConfig, EvaluationConfig, JudgeConfig
 from persona_pruner.config.learning import HalvingConfig, LearningConfig, ObjectiveConfig, StoppersConfig
+from persona_pruner.config.recovery import RecoveryConfig
 from persona_pruner.config.section import BackbonePool, Count, Hashed, NonNegative, Positive, Section
 from persona_pruner.config.synthesis import (
     ActorsConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "LearningConfig",
     "ObjectiveConfig",
     "PromptConfig",
+    "RecoveryConfig",
     "ReferenceConfig",
     "RewriteConfig",
     "RunConfig",
@@ -151,6 +153,7 @@ class RunConfig(Section):
     scheduler: SchedulerConfig = SchedulerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     storage: StorageConfig = StorageConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     gpus: Annotated[int, Field(ge=0)] | None = None
     """One pool for all work: so many GPUs, in groups that score, answer or train, whatever waits (`groups.max` and
     `synthesis.actors` are then not read). 0 does the same without GPUs, with up to `groups.max` groups. null gives

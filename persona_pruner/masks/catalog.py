@@ -7,10 +7,11 @@ holds as they are now, and writes new parts for them and for what is left of par
 import hashlib
 import io
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,9 @@ from persona_pruner.errors import MaskError
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import NotFoundError, ObjectInfo, Storage
 from persona_pruner.storage.open import read_parquet_columns
+
+if TYPE_CHECKING:
+    from persona_pruner.masks.format import Mask
 
 T = TypeVar("T")
 
@@ -43,6 +47,8 @@ SCHEMA = pa.schema(
         ("masked_loss", pa.float64()),
         ("data_sha256", pa.string()),
         ("opposite_sha256", pa.string()),
+        ("recovery_loss_before", pa.float64()),
+        ("recovery_loss_after", pa.float64()),
         ("keep", pa.binary()),
     ]
 )
@@ -96,8 +102,9 @@ def build_catalog(
     return pa.concat_tables([*tables, pa.Table.from_pylist(rows, schema)]).sort_by("persona_id")
 
 
-def update_catalog(storage: Storage, connections: int = 16, fresh: bool = False) -> int:
+def update_catalog(storage: Storage, connections: int = 16, fresh: bool = False, again: Collection[str] = ()) -> int:
     """Bring the stored parts up to date, or make them all again (`fresh`); returns how many masks there are.
+    The rows of `again` are made again though their masks have not changed.
 
     Only masks that are new or changed are read. Jobs on parts of a manifest may do this at the same time: who has
     deleted parts looks again, since another may have deleted those that held the same rows. Raises MaskError naming
@@ -105,21 +112,22 @@ def update_catalog(storage: Storage, connections: int = 16, fresh: bool = False)
     """
     for attempt in range(1, MAX_UPDATES + 1):
         try:
-            count, deleted = _update(storage, connections, fresh)
+            count, deleted = _update(storage, connections, fresh, set(again))
         except NotFoundError:  # a part that another job has just replaced
             if attempt == MAX_UPDATES:
                 raise
             continue
         if not deleted:
             break
-        fresh = False
+        fresh, again = False, ()
     return count
 
 
-def _update(storage: Storage, connections: int, fresh: bool) -> tuple[int, bool]:
+def _update(storage: Storage, connections: int, fresh: bool, again: Set[str]) -> tuple[int, bool]:
     """How many masks there are, and whether parts were deleted."""
     masks = mask_objects(storage)
-    parts = _read_parts(storage, masks, OBJECT, connections)
+    unchanged = {persona_id: item for persona_id, item in masks.items() if persona_id not in again}
+    parts = _read_parts(storage, unchanged, OBJECT, connections)
     if fresh:
         replaced = parts
         unknown: list[ObjectInfo] = list(masks.values())
@@ -189,9 +197,12 @@ def _read_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of masks that are read and verified, a block at a time: what waits in a pool takes memory."""
 
+    tuned = {keys.persona_of(item.key, keys.RECOVERED) for item in storage.list(keys.RECOVERED)} if items else set()
+
     def read(item: ObjectInfo) -> dict[str, Any] | None:
         try:
-            return {name: value for name, value in _row(storage, item).items() if name in columns}
+            row = _row(storage, item, keys.persona_of_mask(item.key) in tuned)
+            return {name: value for name, value in row.items() if name in columns}
         except MaskError as error:
             if faults is None:
                 raise
@@ -203,7 +214,7 @@ def _read_rows(
             yield from (row for row in pool.map(read, block) if row is not None)
 
 
-def _row(storage: Storage, item: ObjectInfo) -> dict[str, Any]:
+def _row(storage: Storage, item: ObjectInfo, tuned: bool) -> dict[str, Any]:
     # torch takes seconds to import, and most rows are in a part
     from persona_pruner.masks.weight_mask import WeightMask, read_mask
 
@@ -215,7 +226,16 @@ def _row(storage: Storage, item: ObjectInfo) -> dict[str, Any]:
         values["kept"] = sum(rows * kept for rows, _, kept in mask.metadata.matrices.values())
     else:
         values |= {"kept": sum(mask.metadata.kept), "keep": mask.packed()}
+        values |= _recovery(storage, mask) if tuned else {}
     return values | {"key": item.key, "size": item.size, "modified": item.modified}
+
+
+def _recovery(storage: Storage, mask: "Mask") -> dict[str, float | None]:
+    """Held-out losses before and after the tuning of this very mask's model, where there was one."""
+    result = json.loads(storage.get(keys.recovered(mask.metadata.persona_id)))
+    if result["keep_sha256"] != hashlib.sha256(mask.packed()).hexdigest():
+        return {}
+    return {f"recovery_{name}": result[name] for name in ("loss_before", "loss_after")}
 
 
 def _batches(values: Iterable[T]) -> Iterator[list[T]]:

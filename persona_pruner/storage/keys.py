@@ -29,6 +29,8 @@ POOLED_SAMPLE = "pooled/sample.json"
 POOLED_MASK = "pooled/mask.safetensors"
 POOLED_SCORES = "pooled/scores.safetensors"
 POOLED_CHECKPOINT = "pooled/checkpoint.safetensors"
+RECOVERY = "recovery/"
+RECOVERED = "recovery/results/"
 
 
 def persona_data(persona_id: str) -> str:
@@ -100,3 +102,17 @@ def persona_of(key: str, prefix: str) -> str:
     """The persona id in a key below `prefix`, one of those above whose next part begins with the id."""
     name, below, _ = key.removeprefix(prefix).partition("/")
     return name if below else name.rpartition(".")[0]
+
+
+def recovered(persona_id: str) -> str:
+    """What the tuning after the mask came to; written last, when its files are there."""
+    return f"{RECOVERED}{persona_id}.json"
+
+
+def recovery_file(persona_id: str, name: str) -> str:
+    """A file of the tuned adapter or checkpoint."""
+    return f"{RECOVERY}files/{persona_id}/{name}"
+
+
+def recovery_checkpoint(persona_id: str) -> str:
+    return f"{RECOVERY}checkpoints/{persona_id}.safetensors"

@@ -29,7 +29,7 @@ UNMARKED = {
     "groups.idle_seconds", "groups.timeout_seconds", "synthesis.rewrite.engines.min", "synthesis.rewrite.engines.max",
     "synthesis.rewrite.engines.num_cpus", "synthesis.rewrite.engines.num_gpus", "gpus",
 }  # fmt: skip
-UNMARKED_SECTIONS = ("scheduler.", "storage.", "evaluation.")
+UNMARKED_SECTIONS = ("scheduler.", "storage.", "evaluation.", "recovery.")
 
 
 def leaves(section, prefix=""):
