@@ -55,7 +55,7 @@ def start(output, *overrides, env=None, **options) -> subprocess.Popen:
 
 def run(output, *overrides, **options) -> tuple[int, str]:
     process = start(output, *overrides, **options)
-    text, _ = process.communicate(timeout=240)
+    text, _ = process.communicate(timeout=600)
     return process.returncode, text
 
 

@@ -46,7 +46,7 @@ class Nodes:
             self.env |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
             words.append(f"--autoscaling-config={self._autoscaler(head_cpus, autoscaled)}")
         self._start(head_cpus, *words, f"--ray-client-server-port={free_port()}")
-        runs.wait_for(lambda: self._answers(), 60)
+        runs.wait_for(lambda: self._answers())
 
     def _autoscaler(self, head_cpus: int, nodes: int) -> Path:
         kinds = {

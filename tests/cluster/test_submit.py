@@ -44,7 +44,7 @@ def test_submitted_job_with_s3_output_gives_the_same_masks_bit_for_bit(
     words += [word for name in real_s3 for word in ("--env", name)]
     done = subprocess.run(
         [BIN / "persona-pruner", *words, "--address", head.address],
-        cwd=runs.ROOT, env=head.env | real_s3, capture_output=True, text=True, timeout=240,
+        cwd=runs.ROOT, env=head.env | real_s3, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert real_s3["AWS_SECRET_ACCESS_KEY"] not in done.stdout + done.stderr
@@ -67,7 +67,7 @@ def test_submit_command_passes_the_exit_status_on(head, tmp_path):
     words = ["submit", str(manifest), "--config", "manifests/quickstart/run.yaml", "--output", str(tmp_path / "out")]
     done = subprocess.run(
         [BIN / "persona-pruner", *words, "--address", head.address],
-        cwd=runs.ROOT, env=head.env, capture_output=True, text=True, timeout=120,
+        cwd=runs.ROOT, env=head.env, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"{manifest}:1: id '../x' is not usable" in done.stdout
@@ -81,7 +81,7 @@ def test_submit_without_token_or_server_is_one_line(head, tmp_path):
     ):
         done = subprocess.run(
             [BIN / "persona-pruner", *words, "--address", address],
-            cwd=tmp_path, env=head.env | env, capture_output=True, text=True, timeout=120,
+            cwd=tmp_path, env=head.env | env, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert done.returncode == 4
         assert said in done.stderr
@@ -101,9 +101,9 @@ def test_job_stop_checkpoints_and_a_new_submission_goes_on(head, undisturbed, tm
         job = next(line.split()[-1] for line in follower.stdout if line.startswith("submitted as"))
         runs.wait_for(lambda: runs.checkpoints(output))
         subprocess.run([BIN / "ray", "job", "stop", "--address", head.address, job], env=head.env, check=True)
-        text, _ = follower.communicate(timeout=120)
+        text, _ = follower.communicate(timeout=600)
         assert "submit again to go on" in text
         again = submit(head, runs.command(output))
-        text, _ = again.communicate(timeout=240)
+        text, _ = again.communicate(timeout=600)
     assert again.returncode == 0, text
     assert runs.masks(output) == runs.masks(undisturbed)
