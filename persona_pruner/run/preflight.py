@@ -61,7 +61,10 @@ def check_backbone(config: RunConfig, path: Path) -> None:
     from persona_pruner.backbone.export import export_refusal
 
     model_config, model = _without_weights(config, path, where)
-    ChannelMasks(model)
+    try:
+        ChannelMasks(model)
+    except BackboneError as error:
+        raise BackboneError(f"{where}: {error}") from None
     refusal = export_refusal(model_config) if config.backbone.exportable else None
     if refusal is not None:
         raise BackboneError(

@@ -63,6 +63,7 @@ def test_what_the_model_lacks_is_told_from_its_configuration(tmp_path, questions
         kind, message = refusal(settings(path, questions))
         assert kind is BackboneError
         assert said in message
+        assert message.startswith(f"backbone.path = {path}: ")
 
 
 def test_what_cannot_be_exported_is_told_before_training_is_paid_for(tmp_path, questions):
