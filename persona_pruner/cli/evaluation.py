@@ -1,11 +1,12 @@
-"""Commands about what masks are worth: evaluate, report, gate."""
+"""Commands about what masks are worth: evaluate, benchmark, report, gate."""
 
 import json
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
-from persona_pruner.cli.app import ConfigOption, JsonOption, OutputArgument, PersonaOption, SetOption, app, say
+from persona_pruner.cli.app import ConfigOption, JsonOption, OutputArgument, PersonaOption, SetOption, app, console, say
 from persona_pruner.errors import EXIT_PERSONAS_FAILED
 
 SampleOption = Annotated[int | None, typer.Option(min=1, help="Only so many personas, drawn by their ids.")]
@@ -24,6 +25,36 @@ def evaluate(
     from persona_pruner.run.main import evaluate_masks
 
     raise typer.Exit(evaluate_masks(output, config, set_, persona, sample))
+
+
+@app.command()
+def benchmark(
+    output: OutputArgument,
+    config: ConfigOption,
+    persona: PersonaOption,
+    set_: SetOption = [],  # noqa: B006
+    as_json: JsonOption = False,
+) -> None:
+    """Run the tasks of evaluation.benchmarks with lm-eval, unpruned and under the masks of these personas."""
+    from persona_pruner.backbone.load import load_backbone
+    from persona_pruner.config.load import load_config
+    from persona_pruner.errors import ConfigError
+    from persona_pruner.evaluation.benchmarks import COLUMNS
+    from persona_pruner.evaluation.benchmarks import benchmark as run
+    from persona_pruner.storage.open import open_storage
+
+    settings = load_config(config, set_)
+    if not settings.evaluation.benchmarks.tasks:
+        raise ConfigError("evaluation.benchmarks.tasks: names no task; set it to tasks of lm-eval, e.g. [arc_easy]")
+    backbone = load_backbone(settings.backbone, deepspeed=False)
+    rows = run(backbone, open_storage(output, settings.storage), settings.evaluation.benchmarks, persona)
+    if as_json:
+        print(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows], indent=1))
+        return
+    table = Table(*COLUMNS, box=None)
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    console.print(table)
 
 
 @app.command()

@@ -95,6 +95,19 @@ class JudgeConfig(Section):
         return self.name or self.model
 
 
+class BenchmarksConfig(Section):
+    tasks: tuple[str, ...] = ()
+    """Names of lm-eval's tasks, such as arc_easy, or of those below `include_path`."""
+    include_path: str | None = None
+    """Directory of task files of your own, which work without a hub (`dataset_path: json`)."""
+    limit: Count | None = None
+    """Questions per task, the first ones; null is all."""
+    few_shot: Annotated[int, Field(ge=0)] = 0
+    """Examples before each question."""
+    batch_size: Count = 8
+    """Questions run together."""
+
+
 class EvaluationConfig(Section):
     enabled: bool = False
     """Compare each mask with the baselines at the end (the quickstart's table)."""
@@ -110,5 +123,7 @@ class EvaluationConfig(Section):
     """Models that score the answers of `persona-pruner evaluate`."""
     judge_prompts: JudgePrompts = JudgePrompts()
     """What they are asked."""
+    benchmarks: BenchmarksConfig = BenchmarksConfig()
+    """What `persona-pruner benchmark` runs."""
     passes: tuple[str, ...] = ()
     """Conditions such as `judge>=75` on the catalog's evaluation columns that a mask must meet to pass."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from persona_pruner.config.evaluation import AnswersConfig, EvaluationConfig, JudgeConfig
+from persona_pruner.config.evaluation import AnswersConfig, BenchmarksConfig, EvaluationConfig, JudgeConfig
 from persona_pruner.config.learning import HalvingConfig, LearningConfig, ObjectiveConfig, StoppersConfig
 from persona_pruner.config.recovery import RecoveryConfig
 from persona_pruner.config.section import BackbonePool, Count, Hashed, NonNegative, Positive, Section
@@ -24,6 +24,7 @@ __all__ = [
     "ActorsConfig",
     "AnswersConfig",
     "BackboneConfig",
+    "BenchmarksConfig",
     "EnginesConfig",
     "EvaluationConfig",
     "FilterConfig",

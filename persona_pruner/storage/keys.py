@@ -20,6 +20,7 @@ GLOBAL_MASKS = "evaluation/global/"
 EVALUATION_TABLES = "evaluation/tables/"
 """Tables for the report, one JSON object each: `columns` and `rows`."""
 EVALUATION_COSTS = f"{EVALUATION_TABLES}costs.json"
+EVALUATION_BENCHMARKS = f"{EVALUATION_TABLES}benchmarks.json"
 REPORT = "report.html"
 LEASES = "lease/"
 
