@@ -48,17 +48,26 @@ def masked_personas(personas: Sequence[Persona], storage: Storage, identity: Ide
     return tuple(persona for persona in personas if is_done(persona))
 
 
+FEW = 100
+"""So many personas are asked for one by one, sooner than all data are listed."""
+
+
 def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
     """Look at the output and say what is left."""
     done = masked_personas(manifest.personas, storage, identity)
-    data = {keys.persona_of(item.key, keys.SYNTHESIS) for item in storage.list(keys.SYNTHESIS)}
     errors = {keys.persona_of(item.key, keys.ERRORS) for item in storage.list(keys.ERRORS)}
     finished = {p.id for p in done}
-    with_data = [p for p in manifest.personas if p.id in data and p.id not in finished]
+    unfinished = [p for p in manifest.personas if p.id not in finished]
+    with_data = _with_objects(unfinished, storage) if len(unfinished) > FEW else unfinished
     with ThreadPoolExecutor(identity.config.storage.connections) as pool:
         current = list(pool.map(lambda persona: is_current(storage, persona), with_data))
     train = [persona for persona, fits in zip(with_data, current, strict=True) if fits]
-    started = finished | {p.id for p in train}
-    synthesize = [p for p in manifest.personas if p.id not in started]
+    started = {p.id for p in train}
+    synthesize = [p for p in unfinished if p.id not in started]
     left = {p.id for p in (*train, *synthesize)}
     return Plan(done, tuple(train), tuple(synthesize), tuple(sorted(errors & left)))
+
+
+def _with_objects(personas: Sequence[Persona], storage: Storage) -> list[Persona]:
+    data = {keys.persona_of(item.key, keys.SYNTHESIS) for item in storage.list(keys.SYNTHESIS)}
+    return [persona for persona in personas if persona.id in data]

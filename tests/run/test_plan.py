@@ -14,6 +14,7 @@ from tiny_models import save_tiny, tiny_config
 from persona_pruner.dataset import SCHEMA
 from persona_pruner.manifest import Manifest, Persona
 from persona_pruner.masks.catalog import update_catalog
+from persona_pruner.run import plan
 from persona_pruner.run.identity import identify
 from persona_pruner.run.plan import make_plan
 from persona_pruner.storage import keys
@@ -53,9 +54,9 @@ def test_what_is_done_has_data_or_lacks_them(tmp_path, identity):
     put_data(storage, people[1])
     storage.put(keys.error("p1"), b"{}")
     storage.put(keys.error("p0"), b"{}")
-    plan = make_plan(Manifest("m", people, ()), storage, identity)
-    assert (ids(plan.done), ids(plan.to_train), ids(plan.to_synthesize)) == (["p0"], ["p1"], ["p2"])
-    assert plan.failed_before == ("p1",)
+    left = make_plan(Manifest("m", people, ()), storage, identity)
+    assert (ids(left.done), ids(left.to_train), ids(left.to_synthesize)) == (["p0"], ["p1"], ["p2"])
+    assert left.failed_before == ("p1",)
 
 
 def test_a_changed_description_is_made_again_from_its_questions_on(tmp_path, identity):
@@ -63,8 +64,8 @@ def test_a_changed_description_is_made_again_from_its_questions_on(tmp_path, ide
     old = Persona("p0", "before")
     put_mask(storage, identity, old)
     put_data(storage, old)
-    plan = make_plan(manifest("after"), storage, identity)
-    assert ids(plan.to_synthesize) == ["p0"]
+    left = make_plan(manifest("after"), storage, identity)
+    assert ids(left.to_synthesize) == ["p0"]
 
 
 def test_a_mask_of_other_settings_or_with_a_broken_byte_is_made_again(tmp_path, identity):
@@ -117,3 +118,18 @@ def test_ten_thousand_masks_are_found_again_in_little_memory(tmp_path, identity)
     done, megabytes = map(int, told)
     assert done == MANY
     assert megabytes < 500
+
+
+def test_many_personas_without_masks_are_looked_for_in_one_listing(tmp_path, identity, monkeypatch):
+    storage = open_storage(tmp_path / "out")
+    people = manifest(*map(str, range(plan.FEW + 1))).personas
+    put_data(storage, people[3])
+    put_data(storage, people[7])
+    asked = []
+    current = plan.is_current
+    monkeypatch.setattr(
+        plan, "is_current", lambda storage, persona: asked.append(persona.id) or current(storage, persona)
+    )
+    assert ids(make_plan(Manifest("m", people, ()), storage, identity).to_train) == ["p3", "p7"]
+    assert sorted(asked) == ["p3", "p7"]
+    assert ids(make_plan(Manifest("m", people[:5], ()), storage, identity).to_train) == ["p3"]
