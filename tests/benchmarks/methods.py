@@ -1,12 +1,15 @@
 """Every method of both papers, and the structured rivals, side by side at the same number of removed parameters.
 
     python tests/benchmarks/methods.py [--config manifests/quickstart/run.yaml] [--output runs/quickstart]
-        [--personas 8] [--ratios 0.25 0.5] [--methods ste wanda flap ...] [--rows 32]
+        [--personas 8] [--ratios 0.25 0.5] [--methods ste wanda "flap, own" ...] [--rows 32] [--divergence]
 
 Takes the synthesized rows of a run and makes them where they are missing. Losses in nats per token, on held-out answers
 and on conversations that the backbone did not write: the mean over personas of what a method adds to the unpruned loss,
 with its standard error over personas; the winner among methods that make the model smaller is marked. Results are kept
 beside the data (methods.json in the output), so that a rerun goes on where it stopped.
+
+--divergence prints instead how far masks of single weights of two personas lie apart (1 - Jaccard index), over the
+attention matrices and over the FFN's.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -39,7 +43,7 @@ from persona_pruner.learning.estimators import topk_mask
 from persona_pruner.learning.methods.one_pass import OnePass
 from persona_pruner.learning.outcome import LearnedScores
 from persona_pruner.learning.persona_tokens import generic_data
-from persona_pruner.learning.pooled import pooled_config, train_pooled
+from persona_pruner.learning.pooled import global_config, pooled_config, train_pooled
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.learning.training_free import activation_scores
 from persona_pruner.manifest import read_manifest
@@ -59,8 +63,12 @@ RIVALS = (
     "llm-pruner, own",
     "shortgpt, generic",
 )
-SMALLER = (*LEARNED, *CHANNELS, *RIVALS)
+GLOBAL = ("global", "global, all steps")
+"""One mask of all personas' rows: with the steps of one persona, and with as many as all of them have together."""
+SMALLER = (*LEARNED, *GLOBAL, *CHANNELS, *RIVALS)
 """Methods after which the model is smaller; the others leave matrices with holes."""
+CALIBRATION_ROWS = 64
+"""Of generic text, for the methods that look at it; the published codes take 10 to 128 texts."""
 TEXTS = ("answers", "conversations")
 Losses = dict[str, float]
 
@@ -79,7 +87,9 @@ class Comparison:
     def __init__(self, backbone: Backbone, config: RunConfig, people: Sequence[PersonaData], rows: int) -> None:
         self.backbone, self.config, self.people, self.rows = backbone, config, people, rows
         self.conversations = read_conversations(config)
-        self.generic = Calibration(backbone, config, generic_data(backbone, config))
+        generic = generic_data(backbone, config)
+        generic = dataclasses.replace(generic, train=generic.train[:CALIBRATION_ROWS])
+        self.generic = Calibration(backbone, config, generic)
         ratio = config.learning.ratio
         assert ratio != "auto"
         self.channels = backbone.model.config.intermediate_size
@@ -114,13 +124,15 @@ class Comparison:
             return None
         if method in RIVALS:
             return self._rival(method, data, around)
-        mask = self._made(method, data)
+        if method in GLOBAL:
+            return self._global(method)
+        mask = self.made(method, data)
         if isinstance(mask, WeightMask):
             around.enter_context(mask.apply(self.backbone.model, check_backbone=False))
             return None
         return mask.keep_LI
 
-    def _made(self, method: str, data: PersonaData) -> Mask | WeightMask:
+    def made(self, method: str, data: PersonaData) -> Mask | WeightMask:
         learning = self.config.learning.model_copy(update={"method": method})
         config = self.config.model_copy(update={"learning": learning})
         if method not in LEARNED:
@@ -130,6 +142,20 @@ class Comparison:
             (result,) = MaskTrainer(self.backbone, config).train([data], run_id="benchmark", callbacks=callbacks)
         assert result.mask is not None, result.message
         return result.mask
+
+    def _global(self, method: str) -> Tensor:
+        if method not in self._generic:
+            ratio = self.config.learning.ratio
+            assert ratio != "auto"
+            config = global_config(self.config, ratio)
+            times = len(self.people) if method != "global" else 1
+            learning = config.learning.model_copy(update={"steps": config.learning.steps * times})
+            config = config.model_copy(update={"learning": learning})
+            callbacks = PooledStart(self._pooled_start()) if learning.needs_pooled_mask else None
+            mask = train_pooled(self.backbone, config, self.people, "benchmark", callbacks).mask
+            assert isinstance(mask, Mask)
+            self._generic[method] = mask.keep_LI
+        return self._generic[method]  # type: ignore[return-value]
 
     def _pooled_start(self) -> LearnedScores:
         if self._pooled is None:
@@ -222,6 +248,21 @@ def table(results: Mapping[str, Mapping[str, Losses]], methods: Sequence[str], r
     return {"best": best, **summary}
 
 
+def divergence(comparison: Comparison, methods: Sequence[str]) -> dict[str, list[float]]:
+    """Mean over pairs of personas of 1 - Jaccard index, over attention and FFN matrices."""
+    apart: dict[str, list[float]] = {}
+    for method in methods:
+        masks = [comparison.made(method, data) for data in comparison.people]
+        pairs = [
+            [1 - one.similarity(other, part) for part in ("attn", "mlp")]
+            for one, other in combinations(masks, 2)
+            if isinstance(one, WeightMask) and isinstance(other, WeightMask)
+        ]
+        apart[method] = [round(statistics.mean(values), 4) for values in zip(*pairs, strict=True)]
+        print(f"{method:<22} attention {apart[method][0]:.3f}   FFN {apart[method][1]:.3f}", flush=True)
+    return apart
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "manifests/quickstart/run.yaml")
@@ -232,6 +273,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[*SMALLER, *WEIGHTS])
     parser.add_argument("--rows", type=int, default=32, help="held-out rows per persona and kind of text")
     parser.add_argument("--set", action="append", default=[], dest="settings")
+    parser.add_argument("--divergence", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = load_config(options.config, options.settings)
@@ -243,6 +285,9 @@ def main() -> None:
     for ratio in options.ratios:
         learning = config.learning.model_copy(update={"ratio": ratio})
         comparison = Comparison(backbone, config.model_copy(update={"learning": learning}), people, options.rows)
+        if options.divergence:
+            summary[str(ratio)] = divergence(comparison, [method for method in options.methods if method in WEIGHTS])
+            continue
         results: dict[str, dict[str, Losses]] = {}
         for method in ("unpruned", *options.methods):
             for data in people:
