@@ -117,3 +117,12 @@ def _end_of_turn(tokenizer: Any) -> tuple[int, ...]:
     if tokenizer.eos_token_id is None:
         raise BackboneError("the backbone's tokenizer has neither an end-of-turn token nor an eos token")
     return (int(tokenizer.eos_token_id),)
+
+
+def knows_system_role(tokenizer: Any) -> bool:
+    """Whether the chat template says what a system message holds."""
+    messages = [{"role": "system", "content": "Persona"}, {"role": "user", "content": "Why?"}]
+    try:
+        return "Persona" in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return False

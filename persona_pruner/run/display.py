@@ -84,7 +84,7 @@ class PlainDisplay:
         for job in masked:
             self._masked(job)
         for note in notes_of(self._progress):
-            self._say_once("note", note)
+            self._say_once(note, note)
         if now >= self._next_line:
             self._next_line = now + LINE_SECONDS
             self._summary(now)

@@ -8,13 +8,12 @@ import torch
 
 from persona_pruner.backbone.channels import ChannelMasks
 from persona_pruner.backbone.load import Backbone, load_backbone
-from persona_pruner.backbone.prompts import dated_template
+from persona_pruner.backbone.prompts import dated_template, knows_system_role
 from persona_pruner.config.schema import BackboneConfig, PromptConfig
 from persona_pruner.errors import UserError
 from persona_pruner.masks.format import Mask
 from persona_pruner.masks.store import MaskStore
 from persona_pruner.serving.personas import read_prompt
-from persona_pruner.serving.server import knows_system_role
 
 UNPRUNED = "unpruned"
 Message = dict[str, str]

@@ -7,14 +7,13 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from jinja2 import TemplateError
 from starlette.applications import Starlette
 from transformers import AutoConfig, AutoTokenizer
 
 from persona_pruner.backbone.load import fingerprint, resolve
-from persona_pruner.backbone.prompts import dated_template
+from persona_pruner.backbone.prompts import dated_template, knows_system_role
 from persona_pruner.config.schema import BackboneConfig, StorageConfig
 from persona_pruner.errors import BackboneError, ConfigError
 from persona_pruner.manifest import read_manifest
@@ -136,11 +135,3 @@ def check_vllm() -> None:
             "--engine vllm: vllm is not installed here; it needs an environment of its own: `make serve` makes one "
             "(.venv-serving/bin/persona-pruner serve ...), or use --engine transformers"
         )
-
-
-def knows_system_role(tokenizer: Any) -> bool:
-    messages = [{"role": "system", "content": "Persona"}, {"role": "user", "content": "Why?"}]
-    try:
-        return "Persona" in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        return False
