@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Identity:
     """Candidates for reference personas. Those drawn from the manifest stay those of the first submission, so that a
     manifest can grow without changing what its earlier personas were compared with."""
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         parts = [hashed_settings(self.config), self.contents, self.fingerprint]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
