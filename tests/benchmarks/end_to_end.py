@@ -31,12 +31,12 @@ def settings(directory: Path) -> dict[str, Any]:
         "backbone": {"path": str(directory / "model")},
         "synthesis": {
             "sources": [{"path": str(directory / "questions.jsonl")}],
-            "select": {"k": 8},
-            "rewrite": {"max_new_tokens": 8, "max_samples_per_question": 1},
+            "select": {"k": 6},
+            "rewrite": {"max_new_tokens": 4, "max_samples_per_question": 1},
             "filter": {"min_words": 1, "min_answers": 1},
             "tile_personas": 16,
         },
-        "learning": {"steps": 4, "rows_per_step": 6, "channel_multiple": 8, "evaluate_every": 100},
+        "learning": {"steps": 2, "rows_per_step": 4, "channel_multiple": 8, "evaluate_every": 100},
         "groups": {"min": GROUPS, "max": GROUPS},
     }
 
@@ -76,7 +76,7 @@ def measure(count: int, directory: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--personas", type=int, nargs="+", default=[200, 2000])
-    parser.add_argument("--questions", type=int, default=96)
+    parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--quick", action="store_true", help="20 and 40 personas")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
