@@ -20,6 +20,8 @@ from persona_pruner.storage.open import open_storage
 
 PERSONAS = [f"keeper-{number}" for number in range(9)]
 DATE = datetime.date(2020, 2, 29)
+ROUNDING = 1e-4
+"""Of logits in float32; a wrong mask differs by 0.1 and more."""
 TODAY = "{{ strftime_now('%d %b %Y') }}"
 SYSTEM = "You speak as {persona}. Answer kindly."
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "quickstart" / "backbone"
@@ -68,11 +70,13 @@ class ServedRun:
         )
 
     def is_greedy(self, mask: Mask | None, prompt: list[int], answer: list[int]) -> bool:
-        """Whether each token of the answer is what plain transformers choose under that mask alone."""
+        """Whether each token of the answer is what plain transformers choose under that mask alone, or as good: the
+        matrix products of another processor may round a tie the other way."""
         with ChannelMasks(self.plain) as masks, torch.no_grad():
             masks.set(mask.keep_LI if mask else None)
             logits = self.plain(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
-        return bool(logits.argmax(-1).tolist() == answer)
+        chosen = logits.gather(-1, torch.tensor(answer)[:, None])[:, 0]
+        return bool((logits.max(-1).values - chosen < ROUNDING).all())
 
     def greedy_text(self, mask: Mask | None, prompt: list[int], tokens: int) -> str:
         with ChannelMasks(self.plain) as masks, torch.no_grad():

@@ -15,7 +15,7 @@ import requests
 
 API_KEY = "key-of-the-tests"
 REFRESH_SECONDS = 0.5
-START_SECONDS = 300
+START_SECONDS = 600
 
 
 @dataclass
