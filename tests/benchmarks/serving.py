@@ -1,7 +1,7 @@
 """What serving personas costs: .venv-serving/bin/python tests/benchmarks/serving.py [--backbone DIR] [--turns 5]
 
-Needs vllm (`make bench-serving`). Engines without the plugin, with it, and with LoRA take turns, so that all see the
-same machine; figures are CPU seconds of all processes of an engine, and ratios are medians of ratios within a turn.
+Needs vllm (`make bench-serving`). Engines without the plugin and with it take turns, so that both see the same
+machine; figures are CPU seconds of all processes of an engine, and ratios are medians of ratios within a turn.
 Prefill and decode are apart. A batch of 16 is unpruned, under one mask, or under 16; a batch of 256 under 256. A
 compact engine runs one persona, and four that share a core. Instead of masks: exported checkpoints, loaded one after
 the other, and LoRA adapters of rank 16. Last line: JSON.
@@ -121,42 +121,58 @@ def summary(figures, tokens=None):
     return {name: round(tokens / value, 1) if tokens else round(value, 4) for name, value in medians.items()}
 
 
-def mixed(bench, directory):
-    from persona_pruner.serving.vllm_server import engine_options
-
-    bare, masked = Engine(bench), Engine(bench, **engine_options(1024))
-    start = {"without plugin": bare.start_seconds, "with plugin": masked.start_seconds}
-    masks = [bench.mask(seed) for seed in range(LARGE_BATCH)]
-    nobody = [None] * BATCH
-    batches = {"without plugin": (bare, nobody, None), "unpruned": (masked, nobody, None),
-               "1 mask": (masked, masks[:1] * BATCH, None), "16 masks": (masked, masks[:BATCH], None)}  # fmt: skip
-    adapters, adapter_bytes = save_adapters(bench, directory)
-    try:
-        lora = Engine(bench, seats=BATCH, enable_lora=True, max_loras=BATCH, max_lora_rank=RANK)
-        lora.run(nobody, 1, adapters=adapters)
-        batches["16 LoRA adapters"] = (lora, nobody, adapters)
-        peer = "measured"
-    except Exception as error:  # A CPU build may have no kernels for it; whatever it says is the finding.
-        lora, peer = None, f"not measured: {type(error).__name__}: {str(error)[:200]}"
+def compare_phases(bench, batches):
+    """Prefill and decode of batches {name: (engine, masks, adapters)}, each beside the first of them."""
     found = {"ratios": {}}
+    first, *others = batches
     for phase, tokens, prompt_tokens in (("prefill", 1, 64), ("decode", bench.tokens, 1)):
         cases = {name: lambda e=e, b=b, a=a, n=tokens, p=prompt_tokens: e.run(b, n, p, a)
                  for name, (e, b, a) in batches.items()}  # fmt: skip
         figures = interleaved(cases, bench.turns)
         found[f"{phase} tokens per CPU second"] = summary(figures, BATCH * max(tokens, prompt_tokens))
-        for name in list(cases)[1:]:
-            found["ratios"][f"{phase}: {name} / without plugin"] = ratio(figures, name, "without plugin")
-    large = {"without plugin": (bare, [None] * LARGE_BATCH), "256 masks": (masked, masks)}
-    figures = interleaved({name: lambda e=e, b=b: e.run(b, SHORT_RUN) for name, (e, b) in large.items()}, bench.turns)
-    found["batch of 256, decode tokens per CPU second"] = summary(figures, LARGE_BATCH * SHORT_RUN)
-    found["ratios"]["decode, batch of 256: 256 masks / without plugin"] = ratio(figures, "256 masks", "without plugin")
+        for name in others:
+            found["ratios"][f"{phase}: {name} / {first}"] = ratio(figures, name, first)
+    return found
+
+
+def mixed(bench, directory):
+    from persona_pruner.serving.vllm_server import engine_options
+
+    bare, masked = Engine(bench, seats=BATCH), Engine(bench, seats=BATCH, **engine_options(1024))
+    masks, nobody = [bench.mask(seed) for seed in range(BATCH)], [None] * BATCH
+    batches = {"without plugin": (bare, nobody, None), "unpruned": (masked, nobody, None),
+               "1 mask": (masked, masks[:1] * BATCH, None), "16 masks": (masked, masks, None)}  # fmt: skip
+    found = compare_phases(bench, batches)
     found |= first_token(bench, masked, masks, found["ratios"])
     found["megabytes per 1000 personas"] = masked.stats()["bytes"] / 1025 * 1000 / 1e6
-    found["LoRA"] = {"state": peer, "megabytes per 1000 adapters": adapter_bytes * 1000 / 1e6}
-    found["start seconds"] = start
-    for engine in filter(None, (bare, masked, lora)):
-        engine.close()
+    found["start seconds"] = {"without plugin": bare.start_seconds, "with plugin": masked.start_seconds}
+    bare.close(), masked.close()
     return found
+
+
+def large(bench, directory):
+    """A batch of 256 under 256 masks."""
+    from persona_pruner.serving.vllm_server import engine_options
+
+    bare, masked = Engine(bench), Engine(bench, **engine_options(1024))
+    masks = [bench.mask(seed) for seed in range(LARGE_BATCH)]
+    cases = {"without plugin": lambda: bare.run([None] * LARGE_BATCH, SHORT_RUN),
+             "256 masks": lambda: masked.run(masks, SHORT_RUN)}  # fmt: skip
+    figures = interleaved(cases, bench.turns)
+    bare.close(), masked.close()
+    ratios = {"decode: 256 masks / without plugin": ratio(figures, "256 masks", "without plugin")}
+    return {"decode tokens per CPU second": summary(figures, LARGE_BATCH * SHORT_RUN), "ratios": ratios}
+
+
+def adapters(bench, directory):
+    """What the same engine asks for LoRA adapters instead."""
+    requests, size = save_adapters(bench, directory)
+    bare = Engine(bench, seats=BATCH)
+    lora = Engine(bench, seats=BATCH, enable_lora=True, max_loras=BATCH, max_lora_rank=RANK)
+    nobody = [None] * BATCH
+    found = compare_phases(bench, {"without adapters": (bare, nobody, None), "16 adapters": (lora, nobody, requests)})
+    bare.close(), lora.close()
+    return found | {"megabytes per 1000 adapters": size * 1000 / 1e6}
 
 
 def first_token(bench, engine, masks, ratios):
@@ -198,7 +214,7 @@ def save_adapters(bench, directory):
     return requests, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def compact(bench):
+def compact(bench, directory):
     from persona_pruner.serving.vllm_server import engine_options
 
     engine = Engine(bench, seats=BATCH, **engine_options(64, compact=2))
@@ -246,6 +262,9 @@ def checkpoints(bench, directory):
     return {"load seconds": statistics.median(load() for _ in range(bench.turns)), "megabytes": size / 1e6}
 
 
+PARTS = {part.__name__: part for part in (mixed, large, compact, adapters, checkpoints)}
+
+
 def main():
     from transformers import AutoConfig
 
@@ -256,7 +275,7 @@ def main():
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--only", choices=["mixed", "compact", "checkpoints"])
+    parser.add_argument("--only", choices=PARTS)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""}
@@ -265,11 +284,9 @@ def main():
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "not measured: there is none"
     found = {"backbone": bench.backbone, "dtype": bench.dtype, "turns": bench.turns, "gpu": gpu}
     with tempfile.TemporaryDirectory() as directory:
-        parts = {"mixed": lambda: mixed(bench, directory), "compact": lambda: compact(bench),
-                 "checkpoints": lambda: checkpoints(bench, directory)}  # fmt: skip
-        for name, part in parts.items():
+        for name, part in PARTS.items():
             if arguments.only in (None, name):
-                found[name] = part()
+                found[name] = part(bench, directory)
                 for what, value in found[name].get("ratios", {}).items():
                     print(f"{what}: {value:.3f}", flush=True)
     print(json.dumps(found))
