@@ -70,9 +70,10 @@ serve: OUTPUT = runs/quickstart
 serve: $(SERVING_READY) ## Serve the masks of OUTPUT over the OpenAI API with vLLM, on BACKBONE
 	$(SERVING)/bin/persona-pruner serve $(OUTPUT) --backbone $(BACKBONE) --engine vllm
 
+# An engine in this process leaves its environment and its bound cores behind: each file has a process of its own.
 test-serving: $(SERVING_READY) ## Tests in a real vLLM engine
-	$(SERVING)/bin/python -m pytest -q tests/serving/test_compact.py tests/serving/test_ray_app.py \
-	  $(wildcard tests/serving/test_vllm_*.py)
+	for file in tests/serving/test_compact.py tests/serving/test_ray_app.py $(wildcard tests/serving/test_vllm_*.py); \
+	  do $(SERVING)/bin/python -m pytest -q $$file || exit 1; done
 
 wheel: $(DEV_READY) ## Build the wheel into dist/ and try it in an empty environment and directory
 	$(BIN)/python -m pytest -q -m wheel tests/test_wheel.py
