@@ -112,7 +112,7 @@ def answer_and_commit(
 ) -> Iterator[SynthesisResult]:
     """Rewrite and store some personas, their requests together. A persona's own fault is part of its result.
 
-    A PersonaError of the rewriter is that of all personas that it was asked for. Raises RewriteError.
+    A PersonaError of the rewriter is that of all personas that it was asked for. Raises EndpointError, RewriteError.
     """
     collectors: dict[int, AnswerCollector] = {}
     for number, selection in enumerate(selections):

@@ -61,7 +61,7 @@ def synthesize(
     references: Sequence[Persona],
 ) -> Iterator[SynthesisResult]:
     """Synthesize those of `personas` whose ids are in `todo`; yields each as soon as its data are committed, or it
-    failed. Raises SourceError and RewriteError before anything starts where the input is bad."""
+    failed. Raises SourceError, EndpointError and RewriteError before anything starts where the input is bad."""
     missing = set(todo)
     if not missing:
         return

@@ -180,10 +180,10 @@ def test_the_shipped_configuration_fits_the_workers(objects):
     settings = load_config(ROOT / "manifests" / "s3.yaml")
     (worker,) = cluster_spec(objects)["workerGroupSpecs"]
     size = worker["template"]["spec"]["containers"][0]["resources"]["requests"]
-    for actors in (settings.groups, settings.synthesis.actors):
-        assert actors.num_gpus <= int(size["nvidia.com/gpu"])
-        assert actors.num_cpus <= int(size["cpu"])
-    assert settings.groups.max <= worker["maxReplicas"] * int(size["nvidia.com/gpu"]) / settings.groups.num_gpus
+    groups = settings.group_pool
+    assert 0 < groups.num_gpus <= int(size["nvidia.com/gpu"])
+    assert groups.num_cpus <= int(size["cpu"])
+    assert groups.max <= worker["maxReplicas"] * int(size["nvidia.com/gpu"]) / groups.num_gpus
 
 
 def test_job_calls_the_entry_point_with_the_mounted_configuration(kustomize):

@@ -12,7 +12,7 @@ from persona_pruner.synthesis.sources import Question
 
 
 class RewriteError(UserError):
-    """The rewriting backend refuses everything (wrong key, unknown model): the run cannot go on."""
+    """The rewriting backend cannot start: the run cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Rewriter(Protocol):
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
         """One answer for each request, in their order; an empty text where the backend refuses a question.
 
-        Raises PersonaError, RewriteError.
+        Raises PersonaError, EndpointError, RewriteError.
         """
 
 

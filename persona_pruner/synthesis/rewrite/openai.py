@@ -3,126 +3,77 @@
 import asyncio
 import hashlib
 import json
-import os
-import time
 from collections.abc import Sequence
-from typing import Any
 
 from persona_pruner.config.schema import RunConfig
+from persona_pruner.endpoint import BudgetError, Endpoint, EndpointError, RefusedError, UnansweredError
 from persona_pruner.errors import PersonaError
 from persona_pruner.manifest import Persona
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
-from persona_pruner.synthesis.rewrite.base import Answer, Request, RewriteError, messages
-
-
-class _RefusedError(Exception):
-    """The endpoint does not want to answer this question."""
+from persona_pruner.synthesis.rewrite.base import Answer, Request, messages
 
 
 class OpenAiRewriter:
-    """The client retries with backoff and jitter and heeds Retry-After.
-
-    Answers are stored as they come, so that none is paid for twice: neither by a resumed run, nor after a failure.
-    """
+    """Answers are stored as they come: none is paid for twice, neither by a resumed run nor after a failure."""
 
     STORE_EVERY = 8
 
     def __init__(self, config: RunConfig, storage: Storage) -> None:
-        settings = config.synthesis.rewrite
-        if not settings.model:
-            raise RewriteError("synthesis.rewrite.model is not set; name the model of the endpoint")
-        if not os.environ.get("OPENAI_API_KEY"):
-            raise RewriteError("OPENAI_API_KEY is not set where the job runs; the openai backend needs it")
+        """Raises EndpointError."""
         self.config = config
-        self.model = settings.model
-        self._settings = settings
+        self._settings = config.synthesis.rewrite
+        self._endpoint = Endpoint(self._settings, "synthesis.rewrite")
+        self.model = str(self._settings.model)
         self._storage = storage
-        self._tokens = 0
-        self._next_slot = 0.0
 
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
-        return asyncio.run(self._answers(requests))
+        """Raises PersonaError (token_budget, rewrite_deadline), EndpointError."""
+        try:
+            return asyncio.run(self._answers(requests))
+        except BudgetError as error:
+            raise PersonaError("token_budget", str(error)) from None
+        except UnansweredError as error:
+            raise PersonaError("rewrite_deadline", str(error)) from None
 
     async def _answers(self, requests: Sequence[Request]) -> list[Answer]:
-        from openai import AsyncOpenAI
-
         stored: dict[str, Answer] = {}
         for persona in {request.persona.id: request.persona for request in requests}.values():
             stored |= self._stored(persona)
         refused: dict[str, str] = {}
-        client = AsyncOpenAI(
-            base_url=self._settings.base_url, timeout=self._settings.timeout_seconds, max_retries=1_000_000
-        )
         saver = _Saver(self._storage, self.STORE_EVERY)
-        gate = asyncio.Semaphore(self._settings.concurrency)
 
         async def one(name: str, request: Request) -> None:
-            async with gate:
-                await self._slot()
-                try:
-                    stored[name] = await self._ask(client, request)
-                except _RefusedError as error:
-                    refused[name] = str(error)
-                    return
-                await saver.add(request.persona, name, stored[name])
+            try:
+                stored[name] = await self._ask(request)
+            except RefusedError as error:
+                refused[name] = str(error)
+                return
+            await saver.add(request.persona, name, stored[name])
 
         names = [self._name(request) for request in requests]
         missing = {name: request for name, request in zip(names, requests, strict=True) if name not in stored}
-        tasks = [asyncio.ensure_future(one(name, request)) for name, request in missing.items()]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            saver.flush()
-            await client.close()
+        async with self._endpoint:
+            tasks = [asyncio.ensure_future(one(name, request)) for name, request in missing.items()]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                saver.flush()
         if refused and not stored:
-            raise RewriteError(f"{client.base_url}: model {self.model}: {next(iter(refused.values()))}")
+            raise EndpointError(f"{self._settings.base_url}: model {self.model}: {next(iter(refused.values()))}")
         return [stored.get(name, Answer("", True)) for name in names]
 
-    async def _slot(self) -> None:
-        """Wait for this request's turn under `requests_per_minute`."""
-        if self._settings.requests_per_minute:
-            now = time.monotonic()
-            self._next_slot = max(now, self._next_slot + 60 / self._settings.requests_per_minute)
-            await asyncio.sleep(self._next_slot - now)
-
-    async def _ask(self, client: Any, request: Request) -> Answer:
-        """Raises _RefusedError, PersonaError (token_budget, rewrite_deadline), RewriteError."""
-        import openai
-
-        budget = self._settings.token_budget
-        if budget is not None and self._tokens >= budget:
-            raise PersonaError(
-                "token_budget", f"{self._tokens} tokens paid for, synthesis.rewrite.token_budget is {budget}"
-            )
-        try:
-            async with asyncio.timeout(self._settings.deadline_seconds):
-                reply = await client.chat.completions.create(
-                    model=self.model,
-                    messages=messages(self.config, request.persona, request.question),
-                    temperature=self._settings.temperature,
-                    top_p=self._settings.top_p,
-                    max_tokens=self._settings.max_new_tokens,
-                    seed=request.sample,
-                )
-        except TimeoutError:
-            seconds = self._settings.deadline_seconds
-            raise PersonaError(
-                "rewrite_deadline", f"no answer within {seconds:g} s (rewrite.deadline_seconds)"
-            ) from None
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            # A server's content filter, or a prompt that is too long for it: a matter of this question.
-            raise _RefusedError(f"HTTP {error.status_code}: {_one_line(error)}") from None
-        except openai.APIStatusError as error:
-            reason = {401: "the key is refused; check OPENAI_API_KEY", 403: "the key has no permission"}.get(
-                error.status_code, f"HTTP {error.status_code}: {_one_line(error)}"
-            )
-            raise RewriteError(f"{client.base_url}: model {self.model}: {reason}") from None
-        choice = reply.choices[0]
-        self._tokens += reply.usage.total_tokens if reply.usage else 0
+    async def _ask(self, request: Request) -> Answer:
+        choice = await self._endpoint.ask(
+            messages(self.config, request.persona, request.question),
+            temperature=self._settings.temperature,
+            top_p=self._settings.top_p,
+            max_tokens=self._settings.max_new_tokens,
+            seed=request.sample,
+        )
         return Answer((choice.message.content or "").strip(), choice.finish_reason != "length")
 
     def _name(self, request: Request) -> str:
@@ -162,7 +113,3 @@ class _Saver:
         data = json.dumps({name: (a.text, a.finished) for name, a in answers.items()}, ensure_ascii=False).encode()
         name = hashlib.sha256(data).hexdigest()[:24]
         self._storage.put(f"{keys.stored_answers(persona_id)}{name}.json", data)
-
-
-def _one_line(error: Any) -> str:
-    return str(error.message).splitlines()[0][:160]

@@ -14,11 +14,12 @@ import pytest
 from s3_server import free_port
 
 from persona_pruner.config.load import check_config
+from persona_pruner.endpoint import EndpointError
 from persona_pruner.errors import PersonaError
 from persona_pruner.manifest import Persona
 from persona_pruner.storage import keys
 from persona_pruner.storage.open import open_storage
-from persona_pruner.synthesis.rewrite.base import Request, RewriteError
+from persona_pruner.synthesis.rewrite.base import Request
 from persona_pruner.synthesis.rewrite.openai import OpenAiRewriter
 from persona_pruner.synthesis.sources import Question, question_id
 
@@ -96,12 +97,12 @@ def test_500_answers_come_through_faults_and_each_is_paid_for_once(proxy, tmp_pa
 
 def test_wrong_key_and_unknown_model_are_one_line_at_once(proxy, tmp_path):
     proxy.plan(faults.DENY)
-    with pytest.raises(RewriteError) as caught:
+    with pytest.raises(EndpointError) as caught:
         rewriter(proxy, tmp_path, concurrency=1).answers(requests(PERSONAS[0]))
     assert "the key is refused; check OPENAI_API_KEY" in str(caught.value)
     assert proxy.requests <= 2
     proxy.plan()
-    with pytest.raises(RewriteError) as other:
+    with pytest.raises(EndpointError) as other:
         rewriter(proxy, tmp_path, concurrency=1, model="nobody/knows-this").answers(requests(PERSONAS[0], 3))
     assert "model nobody/knows-this" in str(other.value)
     for error in (caught, other):
