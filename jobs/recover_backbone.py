@@ -1,4 +1,5 @@
-"""Mend a backbone for the masks of an output: gains that are learned under all of them and multiplied into its weights.
+"""Mend a backbone for the masks of an output: gains, and with --rank a low-rank update of its matrices, are learned
+under all of them and folded into its weights.
 
     python jobs/recover_backbone.py manifests/smollm2/personas.jsonl \
         --config manifests/smollm2/run.yaml --output runs/smollm2 --to runs/smollm2-backbone
@@ -8,7 +9,7 @@ export, `chat`). One process, no Ray; the masks do not change. Without its masks
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,21 +23,22 @@ def recover(
     to: Annotated[Path, typer.Option(help="Directory of the mended backbone; must not exist yet.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps, each of two personas' rows.")] = 40,
     rate: Annotated[float, typer.Option(min=0, help="Adam's rate for the gains.")] = 0.02,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of the matrices' update; 0: gains alone.")] = 0,
     personas: Annotated[int, typer.Option(min=1, help="Masks to learn under, the first of the manifest.")] = 16,
     set_: Annotated[list[str], typer.Option("--set", help="Override a setting.")] = [],  # noqa: B006
 ) -> None:
-    raise typer.Exit(exit_status(lambda: run(manifest, config, output, to, (steps, rate, personas), set_)))
+    amount = {"steps": steps, "rate": rate, "rank": rank, "personas": personas}
+    raise typer.Exit(exit_status(lambda: run(manifest, config, output, to, amount, set_)))
 
 
-def run(manifest: str, config: str, output: str, to: Path, amount: tuple[int, float, int], overrides: list[str]) -> int:
+def run(manifest: str, config: str, output: str, to: Path, amount: dict[str, Any], overrides: list[str]) -> int:
     from persona_pruner.config.load import load_config
     from persona_pruner.manifest import read_manifest
     from persona_pruner.run.recover_backbone import Recovery, recover_backbone
     from persona_pruner.storage.open import open_storage
 
-    settings, personas = load_config(config, overrides), read_manifest(manifest).personas
-    recovery = Recovery(steps=amount[0], rate=amount[1], personas=amount[2])
-    recover_backbone(settings, personas, open_storage(output, settings.storage), to, recovery)
+    settings, rows = load_config(config, overrides), read_manifest(manifest).personas
+    recover_backbone(settings, rows, open_storage(output, settings.storage), to, Recovery(**amount))
     return 0
 
 

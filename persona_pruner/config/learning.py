@@ -38,9 +38,12 @@ class ObjectiveConfig(Section):
     generic: Annotated[Share, HashedWhere(lambda objective: objective.generic > 0)] = 0.0
     """Share of the loss, and of a step's rows, that is generic text behind a prompt without a persona: keeps general
     language from being pruned away."""
+    foreign: Annotated[Share, HashedWhere(lambda objective: objective.foreign > 0)] = 0.0
+    """Share of the rows that is generic text behind the persona's own prompt: what it would not say itself, so that the
+    mask holds for more than its own words. Distillation alone has a use for it."""
     generic_rows: HashedContent[str | None] = None
-    """JSON Lines of question and answer (or instruction and output) with that text, from which the comparison's
-    baseline is made too; null takes the shipped example's instructions."""
+    """JSON Lines of question and answer (or instruction and output) for `generic` and `foreign`, from which the
+    comparison's baseline is made too; null takes the shipped example's instructions."""
     top_logits: Hashed[Count | None] = None
     """Keep only this many of the unpruned model's logits per token (the rest as one bucket); null keeps
     all."""
@@ -54,6 +57,11 @@ class ObjectiveConfig(Section):
     def _some(self) -> "ObjectiveConfig":
         if self.cross_entropy == 0 and self.distillation == 0:
             raise ValueError("cross_entropy and distillation are both 0; one must be above 0")
+        if self.foreign and (self.distillation == 0 or self.cross_entropy > 0):
+            raise ValueError(
+                f"foreign = {self.foreign} goes with distillation alone, since it is not the persona that speaks: set "
+                "cross_entropy to 0"
+            )
         if self.head_tokens is not None and (self.top_logits is not None or self.cross_entropy > 0):
             raise ValueError(
                 f"head_tokens = {self.head_tokens} goes with distillation alone: set top_logits to null and "

@@ -6,13 +6,13 @@ would hang otherwise), and every rank takes its own rows out of the plan.
 Shapes: B rows, T tokens, N answer positions of a micro-batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from persona_pruner.backbone.forward import BackboneRunner
+from persona_pruner.backbone.forward import BackboneRunner, PrefixCache
 from persona_pruner.config.schema import ObjectiveConfig, RunConfig
 from persona_pruner.learning.encoding import EncodedData, EncodedRow
 
@@ -67,11 +67,15 @@ class MicroBatch:
         return list(values_N.split([example.row.answer for example in self.examples]))
 
 
-def examples_by_prefix(encoded: EncodedData) -> list[tuple[tuple[int, ...], list[TrainingExample]]]:
-    """All training rows in slot 0, by the prefix they stand behind; every answer token has the same weight."""
+def examples_by_prefix(
+    encoded: EncodedData, numbers: Collection[int] | None = None
+) -> list[tuple[tuple[int, ...], list[TrainingExample]]]:
+    """Training rows (all, or those numbers) in slot 0, by the prefix they stand behind; every answer token has the same
+    weight."""
     tokens = sum(row.answer for row in encoded.train)
     groups: dict[int, list[TrainingExample]] = {}
-    for number, row in enumerate(encoded.train):
+    for number in range(len(encoded.train)) if numbers is None else sorted(numbers):
+        row = encoded.train[number]
         example = TrainingExample(0, (encoded.persona_id, number), row, 1 / tokens)
         groups.setdefault(row.prefix, []).append(example)
     return [(encoded.prefixes[number], examples) for number, examples in sorted(groups.items())]
@@ -97,6 +101,22 @@ def plan(
         pad=runner.pad,
     )
     return [_to(micro_batch, runner.backbone.device) for micro_batch in micro_batches], shared
+
+
+def behind_prefix(
+    runner: BackboneRunner,
+    prefix: Sequence[int],
+    examples: Sequence[TrainingExample],
+    settings: MicroBatchConfig,
+    mask_LI: Tensor | None = None,
+) -> Iterator[tuple[MicroBatch, PrefixCache | None]]:
+    """This rank's micro-batches of examples that stand behind one prefix, which has run by then, under one mask."""
+    micro_batches, shared = plan(runner, examples, [prefix], settings)
+    runner.masks.set(mask_LI)
+    prefix_cache = runner.prefix([prefix]) if shared else None
+    for micro_batch in micro_batches:
+        yield micro_batch, prefix_cache
+    runner.masks.set(None)
 
 
 def plan_micro_batches(

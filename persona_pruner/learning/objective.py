@@ -20,7 +20,7 @@ from persona_pruner.backbone.forward import BackboneRunner, PrefixCache
 from persona_pruner.config.schema import ObjectiveConfig
 from persona_pruner.learning.batches import MicroBatch, MicroBatchConfig, TrainingExample, plan
 from persona_pruner.learning.encoding import EncodedRow
-from persona_pruner.learning.teacher import TeacherCache
+from persona_pruner.learning.teacher import TeacherCache, head_logits, log_probabilities
 
 
 @dataclass(frozen=True)
@@ -144,23 +144,21 @@ def lm_head_loss_and_grad(
     """
     bounds = [round(i * len(answers_ND) / micro_batch.chunks) for i in range(micro_batch.chunks + 1)]
     teacher_rows = teacher.teacher_rows(micro_batch) if teacher is not None else None
-    vocabulary_V = teacher.vocabulary(runner, micro_batch) if teacher is not None and gradient else None
-    targets_N = (
-        micro_batch.targets_N if vocabulary_V is None else torch.searchsorted(vocabulary_V, micro_batch.targets_N)
-    )
+    tokens = teacher.vocabulary(runner, micro_batch) if teacher is not None and gradient else None
+    targets_N = micro_batch.targets_N if tokens is None else torch.searchsorted(tokens.ids_V, micro_batch.targets_N)
     cross_entropy, divergence, grads = [], [], []
     for start, end in pairwise(bounds):
         chunk = slice(start, end)
         leaf = answers_ND[chunk].detach().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
-            logits_NV = runner.logits(leaf, vocabulary_V)
+            logits_NV = head_logits(runner, leaf, tokens)
         with torch.no_grad():
-            logq_NV = logits_NV.detach().float().log_softmax(-1)
+            logq_NV = log_probabilities(logits_NV.detach(), tokens)
             target_N1 = targets_N[chunk, None]
             cross_entropy.append(-logq_NV.gather(1, target_N1)[:, 0])
             grad_logits_NV = logq_NV.exp().mul_(objective.cross_entropy + (objective.distillation if teacher else 0))
             if teacher is not None and teacher_rows is not None:
-                teacher_probs_NV, kl_N = teacher.compare(runner, teacher_rows, chunk, logq_NV, vocabulary_V)
+                teacher_probs_NV, kl_N = teacher.compare(runner, teacher_rows, chunk, logq_NV, tokens)
                 divergence.append(kl_N)
                 grad_logits_NV.sub_(teacher_probs_NV, alpha=objective.distillation)
             else:

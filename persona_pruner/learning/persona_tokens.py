@@ -8,6 +8,8 @@ Shapes: L layers, I channels, N answer tokens of a row.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,16 +17,18 @@ from torch import Tensor
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.backbone.prompts import persona_prefix
-from persona_pruner.config.schema import PromptConfig, RunConfig
-from persona_pruner.dataset import PersonaData, read_generic_rows
-from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, plan
-from persona_pruner.learning.encoding import EncodedData, EncodedRow, encode
+from persona_pruner.config.schema import LearningConfig, PromptConfig, RunConfig
+from persona_pruner.dataset import PersonaData, Row, read_generic_rows
+from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, behind_prefix
+from persona_pruner.learning.encoding import EncodedData, EncodedRow, PooledData, encode, seeded
 from persona_pruner.learning.objective import answer_states, lm_head_loss_and_grad
 
 NOBODY = "A helpful assistant."
 """The description that stands for having none: a prompt of the same form."""
 DECIDED = 0.1
 """Share of the tokens that count as decided by the description."""
+
+Data = TypeVar("Data", PersonaData, PooledData)
 
 GENERIC_ROWS = 256
 """Rows of generic text that are used, evenly spread over what there is."""
@@ -43,6 +47,26 @@ def generic_data(backbone: Backbone, config: RunConfig) -> EncodedData:
     return encode(backbone.tokenizer, config.prompt, data, config.learning.max_row_tokens)
 
 
+def with_foreign_rows(data: Data, rows: Sequence[Row], learning: LearningConfig) -> Data:
+    """The same personas, each with rows that it did not write behind its own, `objective.foreign` of all.
+
+    None of them is longer than the longest of its own. Fewer where `rows` has not so many; identity stays the same.
+    """
+    if isinstance(data, PooledData):
+        personas = tuple(with_foreign_rows(each, rows, learning) for each in data.personas)
+        return replace(data, personas=personas)
+    longest = max((_length(row) for row in data.train), default=0)
+    usable = [row for row in rows if _length(row) <= longest]
+    share = learning.objective.foreign
+    wanted = round(share / (1 - share) * len(data.train))
+    order = torch.randperm(len(usable), generator=seeded("foreign", learning.seed, data.persona_id))
+    return replace(data, train=(*data.train, *(usable[number] for number in order[:wanted].tolist())))
+
+
+def _length(row: Row) -> int:
+    return len(row.question) + len(row.answer)
+
+
 @torch.no_grad()
 def token_losses(
     runner: BackboneRunner,
@@ -56,17 +80,15 @@ def token_losses(
     `mask_LI` bool or floating, unpruned where it is None.
     """
     examples = [TrainingExample(0, ("", number), row, 1.0) for number, row in enumerate(rows)]
-    micro_batches, shared = plan(runner, examples, [prefix], settings)
-    runner.masks.set(None if mask_LI is None else mask_LI.to(runner.backbone.device).float())
-    prefix_cache = runner.prefix([prefix]) if shared else None
+    if mask_LI is not None:
+        mask_LI = mask_LI.to(runner.backbone.device).float()
     losses = [torch.zeros(row.answer, device=runner.backbone.device) for row in rows]
-    for micro_batch in micro_batches:
+    for micro_batch, prefix_cache in behind_prefix(runner, prefix, examples, settings, mask_LI):
         answers_ND = answer_states(runner, micro_batch, prefix_cache)
         head = lm_head_loss_and_grad(runner, answers_ND, micro_batch, settings.objective, gradient=False)
         for example, loss_N in zip(micro_batch.examples, micro_batch.split(head.cross_entropy_N), strict=True):
             if example.weight > 0:
                 losses[example.key[1]] = loss_N
-    runner.masks.set(None)
     return list(runner.backbone.all_reduce(torch.cat(losses)).split([row.answer for row in rows]))
 
 

@@ -57,7 +57,7 @@ class PersonaTraining:
             if encoded is None:
                 continue
             rows = encoded.train
-            numbers = batch(len(rows), rows_per_step, candidate.step, config.seed, self.encoded.sha256)
+            numbers = self._numbers(len(rows), rows_per_step, candidate.step, config.seed)
             total = sum(sum(weights[n]) if weights else rows[n].answer for n in numbers)
             for prefix in sorted({rows[n].prefix for n in numbers}):
                 yield (
@@ -71,6 +71,15 @@ class PersonaTraining:
                     ],
                 )
                 first_slot += 1
+
+    def visited(self, config: LearningConfig) -> set[int]:
+        """Numbers of the training rows that some step has."""
+        rows_per_step = config.rows_per_step - config.generic_rows_per_step
+        rows = len(self.encoded.train)
+        return {n for step in range(self.steps) for n in self._numbers(rows, rows_per_step, step, config.seed)}
+
+    def _numbers(self, rows: int, rows_per_step: int, step: int, seed: int) -> list[int]:
+        return batch(rows, rows_per_step, step, seed, self.encoded.sha256)
 
     def out_of_time(self, config: LearningConfig) -> bool:
         limit = config.stoppers.seconds

@@ -1,10 +1,11 @@
-"""One mended backbone for all masks of a run: gains of channels and norms that make up for what masks take away.
+"""One mended backbone for all masks of a run: gains of channels and norms, and an update of low rank, that make up for
+what masks take away.
 
 Masks stay what they are, a few kilobytes each. What they cost is partly the same for all of them, and that part is
-learned once, under the personas' own masks and on their rows, and multiplied into the weights: the result is a
-checkpoint of the same architecture which takes the place of the backbone wherever its masks are used.
+learned once, under the personas' own masks and on their rows, and folded into the weights: the result is a checkpoint
+of the same architecture which takes the place of the backbone wherever its masks are used.
 
-Shapes: P personas of a step, L layers, I channels, D width of a module's output.
+Shapes: P personas of a step, L layers, I channels, D width of a module's output, C width of its input, R rank.
 """
 
 import json
@@ -23,14 +24,17 @@ from persona_pruner.backbone.files import RECOVERED
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.dataset import PersonaData
+from persona_pruner.dataset import PersonaData, read_generic_rows
 from persona_pruner.errors import BackboneError
-from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, examples_by_prefix
-from persona_pruner.learning.encoding import EncodedData, batch, encode
+from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample
+from persona_pruner.learning.encoding import batch, encode, seeded
 from persona_pruner.learning.objective import mask_gradient
+from persona_pruner.learning.persona_tokens import with_foreign_rows
 from persona_pruner.learning.teacher import TeacherCache
 
 PERSONAS_PER_STEP = 2
+LOW_RANK_RATE = 0.2
+"""Rate of the update of low rank as a part of the gains'."""
 WARM_UP_STEPS = 5
 NORM_RATE = 0.5
 """Rate of the norms' gains, which all channels of a block feel, as a part of the others'."""
@@ -92,45 +96,91 @@ class Gains:
                 module.bias.copy_(module.bias.float() * gain_D)
 
 
-def recover(
-    backbone: Backbone, config: RunConfig, masked: Sequence[Masked], steps: int, rate: float
-) -> Iterator[float]:
-    """Learn gains and at the end fold them into `backbone`, in place. Yields every step's loss, nats per token.
+class LowRank:
+    """An update B A of every block matrix (LoRA, arXiv 2106.09685): A [R, C] drawn, B [D, R] zeros at first."""
 
-    Adam at `rate`, going down to 0 linearly; a step has the usual number of rows, of two personas under their masks.
-    Raises BackboneError for a sharded backbone, PersonaError for rows that cannot be used.
+    def __init__(self, model: nn.Module, rank: int, seed: int) -> None:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        self.matrices: list[nn.Linear] = []
+        self.factors: list[tuple[Tensor, Tensor]] = []
+        for name, module in model.named_modules():
+            if rank and isinstance(module, nn.Linear) and module is not head:
+                drawn = torch.randn(rank, module.in_features, generator=seeded("low rank", seed, name))
+                down_RC = (drawn / module.in_features**0.5).to(module.weight.device).requires_grad_()
+                up_DR = torch.zeros(module.out_features, rank, device=module.weight.device, requires_grad=True)
+                self.matrices.append(module)
+                self.factors.append((down_RC, up_DR))
+
+    def parameters(self) -> list[Tensor]:
+        return [factor for pair in self.factors for factor in pair]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, it is added to the matrices' outputs, with a graph to the factors."""
+
+        def hook(down_RC: Tensor, up_DR: Tensor) -> Any:
+            def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+                return output + inputs[0] @ down_RC.T.to(output.dtype) @ up_DR.T.to(output.dtype)
+
+            return add
+
+        hooks = [
+            matrix.register_forward_hook(hook(*pair)) for matrix, pair in zip(self.matrices, self.factors, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for each in hooks:
+                each.remove()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Add it to the weights, in place."""
+        for matrix, (down_RC, up_DR) in zip(self.matrices, self.factors, strict=True):
+            matrix.weight.copy_(matrix.weight.float() + up_DR @ down_RC)
+
+
+def recover(
+    backbone: Backbone, config: RunConfig, masked: Sequence[Masked], steps: int, rate: float, rank: int = 0
+) -> Iterator[float]:
+    """Learn gains, and with a `rank` an update of the matrices, and at the end fold them into `backbone`, in place.
+    Yields every step's loss, nats per token.
+
+    Adam at `rate`, going down to 0 linearly; a step has the usual number of rows, of two personas under their masks,
+    `objective.foreign` of which they did not write. Raises BackboneError for a sharded backbone, PersonaError for rows
+    that cannot be used.
     """
     if backbone.sharded:
         raise BackboneError("recovery needs the whole backbone in one process: groups.shards = 1")
     settings, learning = MicroBatchConfig.of(config, backbone.device), config.learning
-    encoded = [encode(backbone.tokenizer, config.prompt, each.data, learning.max_row_tokens) for each in masked]
-    gains = Gains(backbone.model)
+    rows = _Rows(backbone, config, masked)
+    gains, low_rank = Gains(backbone.model), LowRank(backbone.model, rank, learning.seed)
     teacher = TeacherCache(learning.objective.top_logits, learning.objective.head_tokens)
-    groups = [{"params": gains.of_channels(), "factor": 1.0}, {"params": gains.of_norms(), "factor": NORM_RATE}]
-    optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95), eps=1e-12)
+    groups = [
+        {"params": gains.of_channels(), "factor": 1.0},
+        {"params": gains.of_norms(), "factor": NORM_RATE},
+        {"params": low_rank.parameters(), "factor": LOW_RANK_RATE},
+    ]
+    optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=rate, betas=(0.9, 0.95), eps=1e-12)
     with BackboneRunner(backbone) as runner:
-        for each in encoded:
-            for prefix, examples in examples_by_prefix(each):
-                teacher.collect(runner, prefix, examples, settings)
+        for number, visited in rows.visited(steps).items():
+            teacher.collect_rows(runner, rows.encoded[number], settings, visited)
         for step in range(steps):
             now = rate * min((step + 1) / WARM_UP_STEPS, 1) * (1 - step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = now * group["factor"]
             optimizer.zero_grad()
-            chosen = [(step * PERSONAS_PER_STEP + n) % len(masked) for n in range(min(PERSONAS_PER_STEP, len(masked)))]
-            keep_PLI = torch.stack([masked[number].keep_LI for number in chosen]).float()
-            visit = step * PERSONAS_PER_STEP // len(masked)
-            examples = list(
-                _examples([encoded[number] for number in chosen], learning.rows_per_step, visit, learning.seed)
-            )
-            prefixes = [encoded[number].prefixes[0] for number in chosen]
-            with gains.applied():
+            chosen = list(rows.of_step(step))
+            keep_PLI = torch.stack([masked[number].keep_LI for number in chosen]).to(backbone.device).float()
+            prefixes = [rows.encoded[number].prefixes[0] for number in chosen]
+            with low_rank.applied(), gains.applied():
                 grad_PLI, loss = mask_gradient(
-                    runner, keep_PLI * gains.channels_LI, prefixes, examples, settings, teacher
+                    runner, keep_PLI * gains.channels_LI, prefixes, rows.examples(step), settings, teacher
                 )
             gains.channels_LI.grad = (grad_PLI * keep_PLI).sum(0)
             optimizer.step()
             yield float(loss.total.sum())
+    low_rank.fold()
     gains.fold()
 
 
@@ -159,12 +209,45 @@ def check_free(to: Path) -> None:
         raise BackboneError(f"{to}: not empty; give a directory that does not exist yet")
 
 
-def _examples(encoded: Sequence[EncodedData], rows: int, step: int, seed: int) -> Iterator[TrainingExample]:
-    for slot, each in enumerate(encoded):
-        numbers = batch(len(each.train), max(rows // len(encoded), 1), step, seed, each.sha256)
-        tokens = sum(each.train[n].answer for n in numbers) * len(encoded)
-        for n in numbers:
-            yield TrainingExample(slot, (each.persona_id, n), each.train[n], 1 / tokens)
+class _Rows:
+    """The rows of all personas, and which of them a step has: some of two personas."""
+
+    def __init__(self, backbone: Backbone, config: RunConfig, masked: Sequence[Masked]) -> None:
+        self.learning, objective = config.learning, config.learning.objective
+        data = [each.data for each in masked]
+        if objective.foreign:
+            foreign = read_generic_rows(objective.generic_rows)
+            data = [with_foreign_rows(each, foreign, self.learning) for each in data]
+        limit = self.learning.max_row_tokens
+        self.encoded = [encode(backbone.tokenizer, config.prompt, each, limit) for each in data]
+
+    def of_step(self, step: int) -> dict[int, list[int]]:
+        """Numbers of rows by number of the persona."""
+        personas = min(PERSONAS_PER_STEP, len(self.encoded))
+        share, first = max(self.learning.rows_per_step // personas, 1), step * personas
+        chosen = [(first + n) % len(self.encoded) for n in range(personas)]
+        visit, seed = first // len(self.encoded), self.learning.seed
+        return {
+            number: batch(len(self.encoded[number].train), share, visit, seed, self.encoded[number].sha256)
+            for number in chosen
+        }
+
+    def visited(self, steps: int) -> dict[int, set[int]]:
+        every: dict[int, set[int]] = {}
+        for step in range(steps):
+            for number, rows in self.of_step(step).items():
+                every.setdefault(number, set()).update(rows)
+        return every
+
+    def examples(self, step: int) -> list[TrainingExample]:
+        """In slots by persona; the loss is the mean over the personas of the means over their answer tokens."""
+        examples = []
+        chosen = self.of_step(step)
+        for slot, (number, rows) in enumerate(chosen.items()):
+            own = self.encoded[number]
+            tokens = sum(own.train[n].answer for n in rows) * len(chosen)
+            examples += [TrainingExample(slot, (own.persona_id, n), own.train[n], 1 / tokens) for n in rows]
+        return examples
 
 
 def _weight_offset(module: Any) -> float:

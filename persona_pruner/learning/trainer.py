@@ -17,17 +17,17 @@ from torch import Tensor
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.dataset import PersonaData
+from persona_pruner.dataset import PersonaData, read_generic_rows
 from persona_pruner.errors import PersonaError
 from persona_pruner.learning import halving, mask_candidate
-from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, examples_by_prefix
+from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample
 from persona_pruner.learning.callbacks import TrainingCallbacks
 from persona_pruner.learning.encoding import EncodedData, PooledData, encode
 from persona_pruner.learning.init_scores import StartingPoints
 from persona_pruner.learning.mask_candidate import MaskCandidate
 from persona_pruner.learning.objective import heldout_cross_entropy, mask_gradient
 from persona_pruner.learning.outcome import MaskOrigin, Progress, TrainingResult, candidate_scores, make_mask
-from persona_pruner.learning.persona_tokens import generic_data, nobody_prefix, token_weights
+from persona_pruner.learning.persona_tokens import generic_data, nobody_prefix, token_weights, with_foreign_rows
 from persona_pruner.learning.persona_training import PersonaTraining
 from persona_pruner.learning.stoppers import StopReason
 from persona_pruner.learning.teacher import TeacherCache
@@ -64,6 +64,7 @@ class MaskTrainer:
         objective = config.learning.objective
         self.teacher = TeacherCache(objective.top_logits, objective.head_tokens) if objective.distillation else None
         self.generic = generic_data(backbone, config) if objective.generic else None
+        self.foreign = read_generic_rows(objective.generic_rows) if objective.foreign else ()
         with BackboneRunner(backbone) as runner:
             runner.check_head()
 
@@ -112,8 +113,7 @@ class MaskTrainer:
     ) -> list[PersonaTraining]:
         live = []
         if self.generic is not None and self.teacher is not None:
-            for prefix, examples in examples_by_prefix(self.generic):
-                self.teacher.collect(runner, prefix, examples, self.settings)
+            self.teacher.collect_rows(runner, self.generic, self.settings)
         for each in data:
             try:
                 live.append(self._begin(runner, each, callbacks))
@@ -124,21 +124,26 @@ class MaskTrainer:
     def _begin(
         self, runner: BackboneRunner, data: PersonaData | PooledData, callbacks: TrainingCallbacks
     ) -> PersonaTraining:
-        encoded = encode(self.backbone.tokenizer, self.config.prompt, data, self.learning.max_row_tokens)
-        if self.teacher is not None:
-            for prefix, examples in examples_by_prefix(encoded):
-                self.teacher.collect(runner, prefix, examples, self.settings)
-        unpruned_loss = self._heldout_loss(runner, encoded, None)
+        own = self._encode(data)
+        unpruned_loss = self._heldout_loss(runner, own, None)
         checkpoint = callbacks.read_checkpoint(data.persona_id)
         candidates = checkpoint and mask_candidate.from_bytes(
             checkpoint, self.learning, data.sha256, self.backbone.device
         )
         if not candidates:
-            candidates = self._new_candidates(runner, encoded, callbacks)
+            candidates = self._new_candidates(runner, own, callbacks)
         if not all(torch.isfinite(candidate.scores_LI).all() for candidate in candidates):
             raise PersonaError("not_finite", f"{data.persona_id}: the scores it starts from are not finite")
+        # Starting points come from own rows alone: Fisher takes answers for the model's own.
+        encoded = self._encode(with_foreign_rows(data, self.foreign, self.learning)) if self.foreign else own
         weights = self._token_weights(runner, encoded)
-        return PersonaTraining(data, encoded, candidates, unpruned_loss, weights, self.generic, candidates[0].step)
+        persona = PersonaTraining(data, encoded, candidates, unpruned_loss, weights, self.generic, candidates[0].step)
+        if self.teacher is not None:
+            self.teacher.collect_rows(runner, encoded, self.settings, persona.visited(self.learning))
+        return persona
+
+    def _encode(self, data: PersonaData | PooledData) -> EncodedData:
+        return encode(self.backbone.tokenizer, self.config.prompt, data, self.learning.max_row_tokens)
 
     def _token_weights(self, runner: BackboneRunner, encoded: EncodedData) -> list[tuple[float, ...]] | None:
         strength = self.learning.objective.persona_tokens

@@ -1,25 +1,24 @@
 """Scores without training: the published rivals, the baselines, and where learning starts from.
 
 Activation-guided and contrastive: Your Language Model Secretly Contains Personality Subnetworks (arXiv 2602.07164).
-Wanda: arXiv 2306.11695. All return scores [L, I] (float32): the larger, the rather kept.
+All return scores [L, I] (float32): the larger, the rather kept.
 
 Shapes: L layers, I channels, B rows, N answer positions, D model width.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from persona_pruner.backbone.channels import record_channels
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData
-from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, examples_by_prefix, plan
-from persona_pruner.learning.encoding import EncodedData, encode, seeded
+from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, behind_prefix, examples_by_prefix
+from persona_pruner.learning.encoding import encode, seeded
 
 
 def magnitude(backbone: Backbone) -> Tensor:
@@ -132,52 +131,7 @@ class _AnswerPositions:
         examples: Sequence[TrainingExample],
         settings: MicroBatchConfig,
     ) -> None:
-        runner.masks.set(None)
-        micro_batches, shared = plan(runner, examples, [prefix], settings)
-        prefix_cache = runner.prefix([prefix]) if shared else None
-        for micro_batch in micro_batches:
+        for micro_batch, prefix_cache in behind_prefix(runner, prefix, examples, settings):
             self._positions_N = micro_batch.positions_N[micro_batch.weight_N > 0]
             runner.hidden(micro_batch.tokens_BT, prefix_cache, micro_batch.slot_B)
         self._positions_N = None
-
-
-@contextlib.contextmanager
-def wanda(backbone: Backbone, config: RunConfig, data: PersonaData, ratio: float) -> Iterator[None]:
-    """Inside, every linear layer of the blocks has, in each output row, its `ratio` smallest |W| * norm(x) at zero;
-    x are its inputs at the answer positions of data.train. Unstructured: nothing gets smaller, for evaluation only.
-
-    Restores the weights at the end. Unsharded backbones only.
-    """
-    assert not backbone.sharded, "evaluation only"
-    encoded = encode(backbone.tokenizer, config.prompt, data, config.learning.max_row_tokens)
-    with BackboneRunner(backbone) as runner:
-        norms = _input_norms(runner, encoded, MicroBatchConfig.of(config, backbone.device))
-    kept = {}
-    try:
-        for linear, norm_D in norms.items():
-            kept[linear] = linear.weight.data
-            drop = round(ratio * linear.in_features)
-            order = (linear.weight.data.float().abs() * norm_D).argsort(dim=-1, stable=True)
-            linear.weight.data = linear.weight.data.scatter(1, order[:, :drop], 0)
-        yield
-    finally:
-        for linear, weight in kept.items():
-            linear.weight.data = weight
-
-
-def _input_norms(runner: BackboneRunner, encoded: EncodedData, settings: MicroBatchConfig) -> dict[nn.Linear, Tensor]:
-    head = runner.model.get_output_embeddings()
-    linears = [m for m in runner.model.modules() if isinstance(m, nn.Linear) and m is not head]
-    sums = {linear: torch.zeros(linear.in_features, device=runner.backbone.device) for linear in linears}
-
-    def add(linear: nn.Linear, inputs_ND: Tensor) -> None:
-        sums[linear] += inputs_ND.square().sum(0)
-
-    ((prefix, examples),) = examples_by_prefix(encoded)
-    with _AnswerPositions() as answers:
-        for linear in linears:
-            answers.hooks.append(
-                linear.register_forward_pre_hook(lambda module, inputs: answers.see(module, inputs[0], add))
-            )
-        answers.run(runner, prefix, examples, settings)
-    return {linear: total.sqrt() for linear, total in sums.items()}

@@ -19,10 +19,12 @@ from persona_pruner.storage.base import Storage
 
 @dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """How much is learned. `rate` is Adam's for the gains, `personas` under how many masks."""
+    """How much is learned. `rate` is Adam's for the gains, `rank` that of the matrices' update (0: gains alone),
+    `personas` under how many masks."""
 
     steps: int = 40
     rate: float = 0.02
+    rank: int = 0
     personas: int = 16
 
 
@@ -44,7 +46,8 @@ def recover_backbone(
     masked = list(_masked(config, personas, storage, backbone, recovery.personas))
     say(f"mending {backbone.name} under {len(masked)} masks, {recovery.steps} steps")
     before = _heldout(backbone, config, masked)
-    for step, loss in enumerate(recover(backbone, config, masked, recovery.steps, recovery.rate), 1):
+    losses = recover(backbone, config, masked, recovery.steps, recovery.rate, recovery.rank)
+    for step, loss in enumerate(losses, 1):
         if step == 1 or step % 10 == 0:
             say(f"step {step}: {loss:.4f} nats per token")
     after = _heldout(backbone, config, masked)

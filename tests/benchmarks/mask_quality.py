@@ -24,11 +24,13 @@ from persona_pruner.dataset import PersonaData
 from persona_pruner.evaluation.likelihood import heldout_loss
 from persona_pruner.learning.budgets import kept_channels
 from persona_pruner.learning.estimators import topk_mask
+from persona_pruner.learning.methods.one_pass import OnePass
 from persona_pruner.learning.outcome import TrainingStatus
 from persona_pruner.learning.pooled import global_config, train_pooled
 from persona_pruner.learning.trainer import MaskTrainer
-from persona_pruner.learning.training_free import activation, magnitude, random, wanda
+from persona_pruner.learning.training_free import activation, magnitude, random
 from persona_pruner.masks.format import Mask
+from persona_pruner.masks.weight_mask import WeightMask
 
 BACKBONE = "../shared/data/backbone"
 PUBLISHED = ("magnitude", "random", "activation generic", "wanda generic")
@@ -44,6 +46,12 @@ def train(backbone: Backbone, data: PersonaData, **learning: object) -> Mask:
     assert outcome.status is TrainingStatus.DONE, outcome.message
     assert outcome.mask is not None
     return outcome.mask
+
+
+def wanda(backbone: Backbone, data: PersonaData, ratio: float) -> WeightMask:
+    (result,) = OnePass(backbone, configuration(method="wanda", ratio=ratio)).train([data], run_id="benchmark")
+    assert isinstance(result.mask, WeightMask), result.message
+    return result.mask
 
 
 def text_losses(backbone: Backbone, config: RunConfig, who: Persona, keep_LI: Tensor | None) -> dict[str, float]:
@@ -84,7 +92,7 @@ def compare(backbone: Backbone, who: list[Persona], ratio: float, steps: int) ->
         means = {name: s / s.mean(1, keepdim=True) for name, s in scores.items()}
         add("contrastive", p, topk_mask(means[p.id] - means[other.id], kept))
         for name, data in (("wanda generic", generic()), ("wanda own", p.data())):
-            with wanda(backbone, config, data, ratio):
+            with wanda(backbone, data, ratio).apply(backbone.model, check_backbone=False):
                 add(name, p, None)
         add("global", p, pooled.keep_LI)
         add("other persona", p, own[other.id])

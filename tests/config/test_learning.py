@@ -29,6 +29,7 @@ def test_steps_are_a_number_or_passes_over_the_rows():
         ({"optimizer": "value", "init": "fisher", "method": "gumbel"}, "not gumbel and fisher"),
         ({"method": "wanda", "ratio": "auto"}, "method = wanda makes a mask in one pass"),
         ({"method": "wnada"}, "'wanda'"),
+        ({"objective": {"foreign": 0.5, "cross_entropy": 1}}, "foreign = 0.5 goes with distillation alone"),
         ({"pooled_init": "pooled"}, "choose from zeros, magnitude, activation, fisher"),
     ],
 )

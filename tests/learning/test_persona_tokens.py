@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from tiny_models import persona_data, tiny, tiny_config
 
 from persona_pruner.backbone.forward import BackboneRunner
-from persona_pruner.dataset import PersonaData
+from persona_pruner.dataset import PersonaData, Row
 from persona_pruner.learning.batches import MicroBatchConfig
 from persona_pruner.learning.encoding import PooledData, encode
 from persona_pruner.learning.persona_tokens import (
@@ -15,6 +15,7 @@ from persona_pruner.learning.persona_tokens import (
     nobody_prefix,
     token_losses,
     token_weights,
+    with_foreign_rows,
 )
 
 
@@ -72,3 +73,19 @@ def test_generic_text_is_the_examples_or_a_file_of_ones_own(tmp_path):
     file.write_text('{"question": "Why?", "answer": "So."}\n{"instruction": "How?", "output": "Thus."}\n')
     own = generic_data(backbone, tiny_config(objective={"generic_rows": str(file)}))
     assert [row.answer for row in own.train] == [4, 6]
+
+
+def test_foreign_rows_are_a_share_of_all_and_no_longer_than_the_personas_own():
+    pool = PooledData("global", (persona_data("Ann"), persona_data("Barbara")))
+    learning = tiny_config(objective={"foreign": 0.25}).learning
+    rows = [*(Row(f"Why {n}?", "So.") for n in range(30)), Row("Why?", "Since " + "so " * 99)]
+    mixed = with_foreign_rows(pool, rows, learning)
+    assert mixed.sha256 == pool.sha256
+    drawn = []
+    for own, each in zip(pool.personas, mixed.personas, strict=True):
+        assert each.train[: len(own.train)] == own.train
+        drawn.append(each.train[len(own.train) :])
+        assert len(drawn[-1]) == 4  # of 12 rows of its own
+        assert set(drawn[-1]) <= set(rows[:30])
+    assert drawn[0] != drawn[1]
+    assert with_foreign_rows(pool, rows[:2], learning).personas[0].train[12:] in (tuple(rows[:2]), tuple(rows[1::-1]))

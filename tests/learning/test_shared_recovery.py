@@ -8,19 +8,20 @@ from persona_pruner.backbone.files import fingerprint
 from persona_pruner.backbone.load import load_backbone
 from persona_pruner.config.schema import BackboneConfig
 from persona_pruner.errors import BackboneError
-from persona_pruner.learning.shared_recovery import Gains, Masked, recover, save_recovered
+from persona_pruner.learning.shared_recovery import Gains, LowRank, Masked, recover, save_recovered
 
 
 def loaded(path):
     return load_backbone(BackboneConfig(path=str(path)), deepspeed=False)
 
 
-def test_a_mended_backbone_does_better_under_every_mask_and_takes_the_first_ones_place(tmp_path):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_mended_backbone_does_better_under_every_mask_and_takes_the_first_ones_place(tmp_path, rank):
     path = save_tiny(tmp_path / "first")
     backbone, config = loaded(path), tiny_config()
     drawn = torch.rand(2, 3, 64, generator=torch.Generator().manual_seed(0)) > 0.5
     masked = [Masked(persona_data(name), keep) for name, keep in zip(("Ann", "Bo"), drawn, strict=True)]
-    losses = list(recover(backbone, config, masked, 30, 0.02))
+    losses = list(recover(backbone, config, masked, 30, 0.02, rank))
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     save_recovered(backbone, tmp_path / "mended")
     assert fingerprint(tmp_path / "mended") == fingerprint(path) == loaded(tmp_path / "mended").fingerprint
@@ -30,17 +31,20 @@ def test_a_mended_backbone_does_better_under_every_mask_and_takes_the_first_ones
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox"])
-def test_folded_weights_compute_what_the_gains_do(tmp_path, family):
+def test_folded_weights_compute_what_gains_and_update_do(tmp_path, family):
     path = save_tiny(tmp_path / family, family)
     backbone = loaded(path)
-    gains, tokens = Gains(backbone.model), torch.arange(20)[None]
+    gains, low_rank, tokens = Gains(backbone.model), LowRank(backbone.model, 3, 0), torch.arange(20)[None]
     torch.manual_seed(1)
     with torch.no_grad():
         for gain in (gains.channels_LI, *gains.outputs):
             gain.copy_(1 + 0.2 * torch.randn(gain.shape))
-        with gains.applied(), ChannelMasks(backbone.model) as masks:
+        for _, up_DR in low_rank.factors:
+            up_DR.copy_(0.05 * torch.randn(up_DR.shape))
+        with low_rank.applied(), gains.applied(), ChannelMasks(backbone.model) as masks:
             masks.set(gains.channels_LI)
             expected = backbone.model(tokens).logits
+        low_rank.fold()
         gains.fold()
         save_recovered(backbone, tmp_path / "mended")
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "mended")

@@ -83,7 +83,7 @@ def test_training_lowers_the_loss_and_fills_the_mask_in(tmp_path):
         {"method": "ste"},
         {"method": "gumbel"},
         {"method": "soft_topk"},
-        {"objective": {"persona_tokens": 1.0, "generic": 0.25, "head_tokens": 64}},
+        {"objective": {"persona_tokens": 1.0, "generic": 0.25, "foreign": 0.25, "head_tokens": 64}},
     ],
     ids=lambda changes: changes.get("method", "objective"),
 )
