@@ -4,6 +4,7 @@ Synthesized: answers that the backbone samples (temperature 1) as that persona, 
 the persona says in the data. Kept in --cache between runs, since sampling takes longer than most of what follows.
 """
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -18,11 +19,16 @@ from persona_pruner.backbone.prompts import persona_prefix, question_suffix
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData, Row
 from persona_pruner.evaluation.table import read_conversations
+from persona_pruner.manifest import Persona as Described
 from persona_pruner.manifest import read_manifest
+from persona_pruner.synthesis.rewrite.backbone import SelfRewriter
+from persona_pruner.synthesis.rewrite.base import Request
+from persona_pruner.synthesis.sources import load_question_set
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "quickstart"
 MAX_NEW_TOKENS = 64
+ROLEPLAY = ("rolebench-af277108fc", "rolebench-62726ebf77", "rolebench-3938a5ad79", "character-llm-40d00d6c80")
 
 
 @dataclass(frozen=True)
@@ -134,3 +140,57 @@ def sample(backbone: Backbone, config: RunConfig, description: str, questions: l
         if len(rows) >= wanted:
             break
     return rows[:wanted]
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """`texts`: held-out rows by kind of text, `answers` of the backbone and `conversations` that it did not write."""
+
+    data: PersonaData
+    texts: dict[str, tuple[Row, ...]]
+
+    @property
+    def id(self) -> str:
+        return self.data.persona_id
+
+
+def roleplay(count: int, rows: int) -> list[tuple[Described, tuple[Row, ...]]]:
+    """Personas of the shared data, with short held-out conversations."""
+    spoken: dict[str, list[dict[str, str]]] = {persona_id: [] for persona_id in ROLEPLAY[:count]}
+    for row in read_jsonl("roleplay.jsonl.gz"):
+        words = len(row["answer"].split())
+        if row["split"] == "heldout" and len(row["question"].split()) <= 60 and 8 <= words <= 80:
+            spoken.get(row["persona_id"], []).append(row)
+    return [
+        (Described(own[0]["persona_id"], own[0]["persona"]), tuple(Row(r["question"], r["answer"]) for r in own[:rows]))
+        for own in spoken.values()
+    ]
+
+
+def speakers(backbone: Backbone, config: RunConfig, options: argparse.Namespace, people_file: Path) -> list[Speaker]:
+    """Half of the personas from each source, with answers sampled once and the same held-out questions for all."""
+    conversations = read_conversations(config)
+    example = read_manifest(str(people_file)).personas[: options.personas - options.personas // 2]
+    people = roleplay(options.personas // 2, options.heldout)
+    people += [(persona, conversations[persona.id][: options.heldout]) for persona in example]
+    questions = sorted(load_question_set(config.synthesis), key=lambda question: question.id)
+    rewriter = SelfRewriter(backbone, config)
+    found = []
+    for persona, spoken in people:
+        file = options.cache / f"answers-{persona.id}.json"
+        if not file.exists():
+            train = random.Random(persona.id).sample(questions[options.heldout :], options.answers)
+            asked = [*questions[: options.heldout], *train]
+            answers = rewriter.answers([Request(persona, question, 0) for question in asked])
+            rows = [
+                Row(question.text, answer.text, answer.finished)
+                for question, answer in zip(asked, answers, strict=True)
+            ]
+            file.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+        rows = [Row(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
+        heldout, train = (
+            tuple(row for row in some if row.answer) for some in (rows[: options.heldout], rows[options.heldout :])
+        )
+        data = PersonaData(persona.id, persona.description, train, heldout, f"{persona.id}-{len(train)}")
+        found.append(Speaker(data, {"answers": heldout, "conversations": spoken}))
+    return found
