@@ -9,7 +9,6 @@ Shapes: L layers, I channels, N answer tokens of a row.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,8 +27,6 @@ NOBODY = "A helpful assistant."
 DECIDED = 0.1
 """Share of the tokens that count as decided by the description."""
 
-Data = TypeVar("Data", PersonaData, PooledData)
-
 GENERIC_ROWS = 256
 """Rows of generic text that are used, evenly spread over what there is."""
 
@@ -47,14 +44,19 @@ def generic_data(backbone: Backbone, config: RunConfig) -> EncodedData:
     return encode(backbone.tokenizer, config.prompt, data, config.learning.max_row_tokens)
 
 
-def with_foreign_rows(data: Data, rows: Sequence[Row], learning: LearningConfig) -> Data:
+def with_foreign_rows(
+    data: PersonaData | PooledData, rows: Sequence[Row], learning: LearningConfig
+) -> PersonaData | PooledData:
     """The same personas, each with rows that it did not write behind its own, `objective.foreign` of all.
 
     None of them is longer than the longest of its own. Fewer where `rows` has not so many; identity stays the same.
     """
     if isinstance(data, PooledData):
-        personas = tuple(with_foreign_rows(each, rows, learning) for each in data.personas)
-        return replace(data, personas=personas)
+        return replace(data, personas=tuple(_with_foreign_rows(each, rows, learning) for each in data.personas))
+    return _with_foreign_rows(data, rows, learning)
+
+
+def _with_foreign_rows(data: PersonaData, rows: Sequence[Row], learning: LearningConfig) -> PersonaData:
     longest = max((_length(row) for row in data.train), default=0)
     usable = [row for row in rows if _length(row) <= longest]
     share = learning.objective.foreign

@@ -214,10 +214,8 @@ class _Rows:
 
     def __init__(self, backbone: Backbone, config: RunConfig, masked: Sequence[Masked]) -> None:
         self.learning, objective = config.learning, config.learning.objective
-        data = [each.data for each in masked]
-        if objective.foreign:
-            foreign = read_generic_rows(objective.generic_rows)
-            data = [with_foreign_rows(each, foreign, self.learning) for each in data]
+        foreign = read_generic_rows(objective.generic_rows) if objective.foreign else ()
+        data = [with_foreign_rows(each.data, foreign, self.learning) for each in masked]
         limit = self.learning.max_row_tokens
         self.encoded = [encode(backbone.tokenizer, config.prompt, each, limit) for each in data]
 
