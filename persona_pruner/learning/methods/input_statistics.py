@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from persona_pruner.backbone.forward import BackboneRunner
-from persona_pruner.learning.batches import MicroBatch, MicroBatchConfig, TrainingExample, plan
+from persona_pruner.learning.batches import MicroBatch, MicroBatchConfig, TrainingExample, behind_prefix
 
 GRAM_BYTES = 1 << 30
 """Gram matrices that exist at once; more take another pass over the rows."""
@@ -106,10 +106,7 @@ class _Recorder:
             self.statistics[name] = InputStatistics(sum_I, square_I, row_norm_I, gram_II, tokens, len(examples))
         hooks = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.matrices.items()]
         try:
-            self.runner.masks.set(None)
-            micro_batches, shared = plan(self.runner, examples, [prefix], settings)
-            prefix_cache = self.runner.prefix([prefix]) if shared else None
-            for micro_batch in micro_batches:
+            for micro_batch, prefix_cache in behind_prefix(self.runner, prefix, examples, settings):
                 self._look_at(micro_batch)
                 self.runner.hidden(micro_batch.tokens_BT, prefix_cache, micro_batch.slot_B)
         finally:
