@@ -1,7 +1,7 @@
 """What serving personas costs: .venv-serving/bin/python tests/benchmarks/serving.py [--backbone DIR] [--turns 5]
 
 Needs vllm (`make bench-serving`). Engines without the plugin and with it take turns, so that both see the same
-machine; figures are CPU seconds of all processes of an engine, and ratios are medians of ratios within a turn.
+machine; figures are CPU seconds of all processes of an engine, and ratios are quartiles of the ratios within a turn.
 Prefill and decode are apart. A batch of 16 is unpruned, under one mask, or under 16; a batch of 256 under 256. A
 compact engine runs one persona, and four that share a core. Instead of masks: exported checkpoints, loaded one after
 the other, and LoRA adapters of rank 16. Last line: JSON.
@@ -112,7 +112,8 @@ def interleaved(cases: dict[str, Callable[[], float]], turns: int) -> dict[str, 
 
 
 def ratio(figures, above, below):
-    return statistics.median(a / b for a, b in zip(figures[above], figures[below], strict=True))
+    """Of each turn: the quartiles."""
+    return statistics.quantiles((a / b for a, b in zip(figures[above], figures[below], strict=True)), n=4)
 
 
 def summary(figures, tokens=None):
@@ -287,8 +288,8 @@ def main():
         for name, part in PARTS.items():
             if arguments.only in (None, name):
                 found[name] = part(bench, directory)
-                for what, value in found[name].get("ratios", {}).items():
-                    print(f"{what}: {value:.3f}", flush=True)
+                for what, (low, median, high) in found[name].get("ratios", {}).items():
+                    print(f"{what}: {median:.3f} (quartiles {low:.3f} to {high:.3f})", flush=True)
     print(json.dumps(found))
 
 
