@@ -1,6 +1,7 @@
 """The operator that applies one mask per token to the channels of an FFN: bits in, hidden states changed in place.
 
-Registered with torch, so that torch.compile and CUDA graphs see one opaque call on static buffers.
+Registered with torch, so that torch.compile and CUDA graphs see one opaque call on static buffers. A CPU takes small
+steps ready-made: `factors_TI` are the unpacked masks of as many tokens as it has rows (`MaskTable.assign`).
 Shapes: T tokens, I channels (of this rank), S slots, R runs of tokens or rows, N bytes (ceil(I / 8)).
 """
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("persona_pruner", "DEF")
-_LIBRARY.define("mask_channels(Tensor(a!) hidden_TI, Tensor bits_SN, Tensor slot_T) -> ()")
+_LIBRARY.define("mask_channels(Tensor(a!) hidden_TI, Tensor bits_SN, Tensor slot_T, Tensor? factors_TI=None) -> ()")
 
 
 def mask_channels_reference(hidden_TI: Tensor, bits_SN: Tensor, slot_T: Tensor) -> Tensor:
@@ -20,25 +21,30 @@ def mask_channels_reference(hidden_TI: Tensor, bits_SN: Tensor, slot_T: Tensor) 
     return hidden_TI * keep_SI[slot_T.long()].to(hidden_TI.dtype)
 
 
-def _mask_channels(hidden_TI: Tensor, bits_SN: Tensor, slot_T: Tensor) -> None:
-    hidden_TI.mul_(_factors(bits_SN.index_select(0, slot_T), hidden_TI))
+def _mask_channels(hidden_TI: Tensor, bits_SN: Tensor, slot_T: Tensor, factors_TI: Tensor | None = None) -> None:
+    factors_TI = unpack(bits_SN.index_select(0, slot_T), hidden_TI.dtype)
+    hidden_TI.mul_(factors_TI[:, : hidden_TI.shape[1]])
 
 
-def _mask_channels_cpu(hidden_TI: Tensor, bits_SN: Tensor, slot_T: Tensor) -> None:
+def _mask_channels_cpu(hidden_TI: Tensor, bits_SN: Tensor, slot_T: Tensor, factors_TI: Tensor | None = None) -> None:
     """Saves work by looking at the slots, which on a GPU would cost a synchronization."""
+    if factors_TI is not None and len(slot_T) <= len(factors_TI):
+        hidden_TI.mul_(factors_TI[: len(slot_T)])
+        return
     if not slot_T.any():
         return
     slot_R, run_T = slot_T.unique_consecutive(return_inverse=True)
     if 2 * len(slot_R) > len(slot_T):
         _mask_channels(hidden_TI, bits_SN, slot_T)
     else:  # Prompts: unpacking costs more than copying, so it is done once for each run of tokens under one mask.
-        hidden_TI.mul_(_factors(bits_SN.index_select(0, slot_R), hidden_TI).index_select(0, run_T))
+        factors_RI = unpack(bits_SN.index_select(0, slot_R), hidden_TI.dtype)[:, : hidden_TI.shape[1]]
+        hidden_TI.mul_(factors_RI.index_select(0, run_T))
 
 
-def _factors(bits_RN: Tensor, hidden_TI: Tensor) -> Tensor:
-    """[R, I]: packed rows as factors 0 and 1 of the type of the hidden states."""
-    table = _bytes_to_factors(hidden_TI.device, hidden_TI.dtype)
-    return torch.nn.functional.embedding(bits_RN.int(), table).flatten(1)[:, : hidden_TI.shape[1]]
+def unpack(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Packed rows uint8 [..., N] as factors 0 and 1, [..., 8N]."""
+    table = _bytes_to_factors(bits.device, dtype)
+    return torch.nn.functional.embedding(bits.int(), table).flatten(-2)
 
 
 @lru_cache(maxsize=8)
@@ -50,6 +56,6 @@ def _bytes_to_factors(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 _LIBRARY.impl("mask_channels", _mask_channels_cpu, "CPU")
 _LIBRARY.impl("mask_channels", _mask_channels, "CUDA")
-torch.library.register_fake("persona_pruner::mask_channels", lambda hidden_TI, bits_SN, slot_T: None, lib=_LIBRARY)
+torch.library.register_fake("persona_pruner::mask_channels", lambda hidden_TI, bits_SN, slot_T, factors_TI=None: None, lib=_LIBRARY)
 
 mask_channels = torch.ops.persona_pruner.mask_channels

@@ -17,9 +17,12 @@ import numpy as np
 import torch
 
 from persona_pruner.errors import MaskError
+from persona_pruner.serving.channel_op import unpack
 
 DIGEST, BITS = "persona_mask", "persona_bits"
 """Keys of a request's extra arguments: sha256 (hex) of the packed bits, and the bits of all layers in base64."""
+SMALL_STEP = 64
+"""Tokens up to which a CPU unpacks the masks of a step once for all layers: a row's next token, not its prompt."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,13 @@ class MaskLayout:
     rank: int = 0
     """With tensor parallelism rank r holds the r-th of `ranks` equal parts of the channels."""
     ranks: int = 1
+    dtype: torch.dtype = torch.float32
+    """Of the hidden states."""
 
 
 class MaskTable:
-    """`bits_LSN` and `slot_T` are static buffers that the operator reads; everything else lives on the host."""
+    """`bits_LSN`, `slot_T` and, on a CPU, `factors_LTI` are static buffers that the operator reads; everything else
+    lives on the host."""
 
     def __init__(self, layout: MaskLayout, device: torch.device | str = "cpu") -> None:
         self.layers, self.total_layers, self.channels = list(layout.layers), layout.total_layers, layout.channels
@@ -87,6 +93,10 @@ class MaskTable:
         self.bits_LSN = torch.zeros(len(self.layers), slots + 1, -(-width // 8), dtype=torch.uint8, device=device)
         self.bits_LSN[:, 0] = 255
         self.slot_T = torch.zeros(layout.tokens, dtype=torch.int32, device=device)
+        rows = min(SMALL_STEP, layout.tokens) if self.slot_T.device.type == "cpu" else 0
+        self.factors_LTI = torch.ones(len(self.layers), rows, width, dtype=layout.dtype) if rows else None
+        """The masks of a small step's tokens, unpacked."""
+        self._unpacked: tuple[int, bytes] = (0, b"")
         self._slots: OrderedDict[str, int] = OrderedDict()
         self._free = list(range(slots, 0, -1))
         self.loads = self.evictions = 0
@@ -98,6 +108,16 @@ class MaskTable:
         slot_T = np.zeros(len(self.slot_T), np.int32)  # What pads a step to a captured size uses slot 0.
         slot_T[: starts[-1]] = np.repeat(slots, np.diff(starts))
         self.slot_T.copy_(torch.from_numpy(slot_T))
+        if self.factors_LTI is not None and starts[-1] <= self.factors_LTI.shape[1]:
+            self._unpack(self.factors_LTI, slot_T[: self.factors_LTI.shape[1]])
+
+    def _unpack(self, factors_LTI: torch.Tensor, slot_T: np.ndarray) -> None:
+        """While the same requests are answered, their masks are the same from step to step."""
+        wanted = (self.loads, slot_T.tobytes())
+        if wanted != self._unpacked:
+            bits_LTN = self.bits_LSN.index_select(1, torch.from_numpy(slot_T))
+            factors_LTI.copy_(unpack(bits_LTN, factors_LTI.dtype)[:, :, : factors_LTI.shape[2]])
+            self._unpacked = wanted
 
     def stats(self) -> dict[str, int]:
         return {

@@ -123,12 +123,15 @@ def install(model: nn.Module, vllm_config: Any) -> MaskTable:
     layout = MaskLayout(
         layers=tuple(projections), total_layers=layers, channels=channels, slots=slots,
         tokens=_largest_step(vllm_config), rank=first.tp_rank, ranks=first.tp_size,
+        dtype=vllm_config.model_config.dtype,
     )  # fmt: skip
     table = MaskTable(layout, vllm_config.device_config.device)
     for number, projection in enumerate(projections.values()):
         # Buffers of the module, not values in a closure: torch.compile then takes them as inputs of its graph.
         projection.register_buffer("mask_bits_SN", table.bits_LSN[number], persistent=False)
         projection.register_buffer("mask_slot_T", table.slot_T, persistent=False)
+        factors_TI = None if table.factors_LTI is None else table.factors_LTI[number]
+        projection.register_buffer("mask_factors_TI", factors_TI, persistent=False)
         projection.register_forward_pre_hook(_apply_masks)
     model.mask_table = table  # type: ignore[assignment]
     compact = int(vllm_config.additional_config.get(COMPACT, 0))
@@ -138,7 +141,8 @@ def install(model: nn.Module, vllm_config: Any) -> MaskTable:
 
 
 def _apply_masks(projection: Any, args: tuple[torch.Tensor, ...]) -> None:
-    mask_channels(args[0], projection.mask_bits_SN, projection.mask_slot_T[: args[0].shape[0]])
+    slot_T = projection.mask_slot_T[: args[0].shape[0]]
+    mask_channels(args[0], projection.mask_bits_SN, slot_T, projection.mask_factors_TI)
 
 
 def _output_projections(model: nn.Module, channels: int) -> dict[int, Any]:

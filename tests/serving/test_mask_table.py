@@ -19,8 +19,12 @@ def make_table(channels=CHANNELS, layers=range(LAYERS), **sizes):
 
 
 def kept_by_token(table, layer, tokens):
-    hidden_TI = torch.ones(tokens, table.bits_LSN.shape[2] * 8)
+    """As the operator gives it from packed bits; unpacked masks of a small step must say the same."""
+    hidden_TI = torch.ones(tokens, table.factors_LTI.shape[2])
+    ready_TI = hidden_TI.clone()
     mask_channels(hidden_TI, table.bits_LSN[layer], table.slot_T[:tokens])
+    mask_channels(ready_TI, table.bits_LSN[layer], table.slot_T[:tokens], table.factors_LTI[layer])
+    assert torch.equal(hidden_TI, ready_TI)
     return hidden_TI.numpy()
 
 
@@ -53,6 +57,16 @@ def test_a_step_never_loses_a_mask_that_it_uses_itself():
         table.assign([mask for _, mask in step], np.arange(4))
         for row, (keep_LI, _) in zip(kept_by_token(table, 2, 3), step, strict=True):
             assert (row == keep_LI[2]).all()
+
+
+def test_steps_too_large_to_be_unpacked_at_once_leave_no_trace_in_the_small_ones_after():
+    table = make_table(slots=4, tokens=200)
+    (keep_a, a), (keep_b, b) = make_mask(1), make_mask(2)
+    for starts in ([0, 2, 3], [0, 150, 200], [0, 2, 3], [0, 1, 3]):
+        table.assign([a, b], np.array(starts))
+        rows = kept_by_token(table, 1, starts[-1])
+        assert (rows[: starts[1]] == keep_a[1]).all()
+        assert (rows[starts[1] :] == keep_b[1]).all()
 
 
 @pytest.mark.parametrize("channels", [48, 40])
