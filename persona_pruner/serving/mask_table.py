@@ -1,8 +1,8 @@
 """Masks resident beside the backbone: packed bits in slots, and for each token of a step the slot that it uses.
 
 Slot 0 keeps every channel. A slot is named by the digest of its mask, never by the persona: a retrained persona gets
-another slot while requests under way finish with the old one. Shapes: L layers of this rank, S slots, T tokens,
-I channels (of the rank), N bytes (ceil(I / 8)).
+another slot while requests under way finish with the old one. Shapes: L layers of this rank, S slots, R of them in a
+step, T tokens, I channels (of the rank), N bytes (ceil(I / 8)).
 """
 
 import base64
@@ -115,8 +115,10 @@ class MaskTable:
         """While the same requests are answered, their masks are the same from step to step."""
         wanted = (self.loads, slot_T.tobytes())
         if wanted != self._unpacked:
-            bits_LTN = self.bits_LSN.index_select(1, torch.from_numpy(slot_T))
-            factors_LTI.copy_(unpack(bits_LTN, factors_LTI.dtype)[:, :, : factors_LTI.shape[2]])
+            slot_R, row_T = np.unique(slot_T, return_inverse=True)
+            bits_LRN = self.bits_LSN.index_select(1, torch.from_numpy(slot_R))
+            factors_LRI = unpack(bits_LRN, factors_LTI.dtype)[:, :, : factors_LTI.shape[2]]
+            torch.index_select(factors_LRI, 1, torch.from_numpy(row_T), out=factors_LTI)
             self._unpacked = wanted
 
     def stats(self) -> dict[str, int]:
