@@ -56,6 +56,6 @@ def _bytes_to_factors(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 _LIBRARY.impl("mask_channels", _mask_channels_cpu, "CPU")
 _LIBRARY.impl("mask_channels", _mask_channels, "CUDA")
-torch.library.register_fake("persona_pruner::mask_channels", lambda hidden_TI, bits_SN, slot_T, factors_TI=None: None, lib=_LIBRARY)
+torch.library.register_fake("persona_pruner::mask_channels", lambda *arguments: None, lib=_LIBRARY)
 
 mask_channels = torch.ops.persona_pruner.mask_channels
