@@ -24,6 +24,8 @@ class Row:
     answer: str
     finished: bool = True
     """False where the answer was cut off at the token limit: nobody knows its end, so no end token is learned."""
+    earlier: tuple[tuple[str, str], ...] = ()
+    """Questions and answers before it in the same conversation, the oldest first. They are read, not learned."""
 
 
 @dataclass(frozen=True)

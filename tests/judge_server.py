@@ -56,7 +56,7 @@ def judge_server() -> Iterator[JudgeServer]:
 
     def reply(request: dict, prompt: str) -> dict:
         top = [{"token": token, "logprob": logprob, "bytes": None} for token, logprob in alternatives(prompt)]
-        content = [{**top[0], "top_logprobs": top[: request["top_logprobs"]]}]
+        content = [{**top[0], "top_logprobs": top[: request.get("top_logprobs", 0)]}]
         message = {"role": "assistant", "content": top[0]["token"]}
         choice = {"index": 0, "message": message, "finish_reason": "length"}
         choice["logprobs"] = {"content": content} if state.logprobs else None

@@ -5,6 +5,7 @@ alone and is run once for all its questions.
 """
 
 import datetime
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,13 +22,16 @@ def persona_prefix(tokenizer: Any, prompt: PromptConfig, description: str) -> li
     return list(_prefix(tokenizer, prompt, description))
 
 
-def question_suffix(tokenizer: Any, prompt: PromptConfig, description: str, question: str) -> list[int]:
-    """Token ids after the prefix, up to where the answer starts (never empty).
+def question_suffix(
+    tokenizer: Any, prompt: PromptConfig, description: str, question: str, earlier: Sequence[tuple[str, str]] = ()
+) -> list[int]:
+    """Token ids after the prefix, up to where the answer starts (never empty). `earlier`: questions and answers of the
+    same conversation, the oldest first.
 
     prefix + suffix equals the ids of the whole rendered prompt; BackboneError where the tokenizer does not allow it.
     """
     prefix = _prefix(tokenizer, prompt, description)
-    token_ids = _encode(tokenizer, _render(tokenizer, prompt, description, question))
+    token_ids = _encode(tokenizer, _render(tokenizer, prompt, description, question, earlier))
     if tuple(token_ids[: len(prefix)]) != prefix or len(token_ids) == len(prefix):
         raise BackboneError(f"the chat template does not put the question {question[:40]!r} after the persona")
     return token_ids[len(prefix) :]
@@ -87,15 +91,19 @@ def _prefix(tokenizer: Any, prompt: PromptConfig, description: str) -> tuple[int
     return tuple(prompts[0][: min(cut, min(map(len, prompts)) - 1)])
 
 
-def _render(tokenizer: Any, prompt: PromptConfig, description: str, question: str) -> str:
+def _render(
+    tokenizer: Any, prompt: PromptConfig, description: str, question: str, earlier: Sequence[tuple[str, str]] = ()
+) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise BackboneError("the backbone has no chat template; use a chat model, or add chat_template.jinja to it")
     system = prompt.system.replace("{persona}", description)
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    said = [text for turn in earlier for text in turn] + [question]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
     try:
-        return render_chat(tokenizer, messages, prompt.date)
+        return render_chat(tokenizer, [{"role": "system", "content": system}, *messages], prompt.date)
     except TemplateError:
-        return render_chat(tokenizer, [{"role": "user", "content": f"{system}\n\n{question}"}], prompt.date)
+        messages[0]["content"] = f"{system}\n\n{said[0]}"
+        return render_chat(tokenizer, messages, prompt.date)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -6,6 +6,8 @@ from pydantic import Field
 
 from persona_pruner.config.section import Count, HashedContent, NonNegative, Positive, Section
 
+Baseline = Literal["activation", "activation_generic", "taylor", "flap", "magnitude", "random"]
+
 
 class AnswersConfig(Section):
     questions: Count = 8
@@ -22,9 +24,20 @@ class AnswersConfig(Section):
     """Answers under way at once, of all arms."""
     candidates: Count = 6
     """Descriptions among which the classifier looks for the persona's own; 1 leaves the classifier out."""
-    baseline: Literal["activation", "magnitude", "random"] = "activation"
-    """The mask without training that the own one is compared with: by the persona's activations, by weights, or by
-    chance."""
+    baselines: tuple[Baseline, ...] = ("activation",)
+    """Masks without training that the own one is compared with, of as many channels: by activations on the persona's
+    rows or on generic text, LLM-Pruner's first-order Taylor and FLAP (with its biases) on generic text, by weights, or
+    by chance."""
+
+
+class AbilitiesConfig(Section):
+    enabled: bool = True
+    """Whether `persona-pruner evaluate` asks for them."""
+    tasks: str | None = None
+    """JSON Lines: {"ability": "json", "question", "schema"}, {"ability": "tool", "question", "tools", "call"} or
+    {"ability": "injection", "question", "marker"}; null takes the shipped ones."""
+    limit: Count | None = None
+    """Tasks of each ability, the first ones; null is all."""
 
 
 DEFAULT_CONSISTENCY = """You rate how well a reply fits a character.
@@ -64,21 +77,11 @@ class JudgePrompts(Section):
     """May contain {persona}, {question}, {a} and {b}; must ask for A or B."""
 
 
-class JudgeConfig(Section):
+class EndpointConfig(Section):
     model: str
     """The model's name at the endpoint."""
-    name: str | None = None
-    """What the judge is called in figures; null is its model."""
     base_url: str | None = None
     """The endpoint, e.g. http://host:8000/v1. The key comes from OPENAI_API_KEY."""
-    aspects: tuple[Literal["consistency", "coherence"], ...] = ("consistency", "coherence")
-    """What each answer is scored for, 0 to 100."""
-    pairs: tuple[Literal["unpruned", "global", "other", "baseline"], ...] = ()
-    """Arms whose answers are compared with those of the own mask, in both orders."""
-    top_logprobs: Annotated[int, Field(ge=1, le=100)] = 20
-    """Tokens whose probabilities make the score: its expectation."""
-    least_mass: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """An answer is unscored where the numbers among those tokens have less probability than this."""
     concurrency: Count = 16
     """Requests under way at once."""
     requests_per_minute: Count | None = None
@@ -86,9 +89,42 @@ class JudgeConfig(Section):
     timeout_seconds: Positive = 60.0
     """One request, from sending to the last byte."""
     deadline_seconds: Positive = 600.0
-    """All tries for one verdict together."""
+    """All tries for one reply together."""
     token_budget: Count | None = None
     """Stop cleanly once about this many tokens (in and out) were paid for in this evaluation; null is none."""
+
+
+DEFAULT_USER = """You are talking with somebody whom you have just met and would like to know better. So far you said:
+
+{conversation}
+
+Write what you say next, in one or two sentences. Write nothing else."""
+
+
+class DialoguesConfig(Section):
+    enabled: bool = False
+    """Whether `persona-pruner evaluate` has them."""
+    count: Count = 1
+    """Conversations with each arm; they begin with the persona's first held-out questions."""
+    turns: Count = 10
+    """What the user says in each, and the replies to it."""
+    user: EndpointConfig | None = None
+    """Who plays the user; null is the unpruned backbone, without the persona. Limits are those of one shard group."""
+    user_prompt: str = DEFAULT_USER
+    """What it is told; {conversation} is replaced by what both have said."""
+
+
+class JudgeConfig(EndpointConfig):
+    name: str | None = None
+    """What the judge is called in figures; null is its model."""
+    aspects: tuple[Literal["consistency", "coherence"], ...] = ("consistency", "coherence")
+    """What each answer is scored for, 0 to 100."""
+    pairs: tuple[Literal["unpruned", "global", "other"] | Baseline, ...] = ()
+    """Arms whose answers are compared with those of the own mask, in both orders."""
+    top_logprobs: Annotated[int, Field(ge=1, le=100)] = 20
+    """Tokens whose probabilities make the score: its expectation."""
+    least_mass: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """An answer is unscored where the numbers among those tokens have less probability than this."""
 
     @property
     def label(self) -> str:
@@ -119,6 +155,10 @@ class EvaluationConfig(Section):
     """Directory of <persona_id>.json or <persona_id>.txt files: questions never used to make that persona's data."""
     answers: AnswersConfig = AnswersConfig()
     """What `persona-pruner evaluate` asks."""
+    abilities: AbilitiesConfig = AbilitiesConfig()
+    """Tasks that need no judge: JSON of a schema, calls of tools, attempts to talk a character out of its role."""
+    dialogues: DialoguesConfig = DialoguesConfig()
+    """Conversations with a simulated user."""
     judges: tuple[JudgeConfig, ...] = ()
     """Models that score the answers of `persona-pruner evaluate`."""
     judge_prompts: JudgePrompts = JudgePrompts()

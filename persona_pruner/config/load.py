@@ -118,6 +118,7 @@ _PATH_KEYS = (
     ("synthesis", "references", "path"),
     ("learning", "objective", "generic_rows"),
     ("evaluation", "conversations"),
+    ("evaluation", "abilities", "tasks"),
     ("evaluation", "benchmarks", "include_path"),
     ("evaluation", "questions"),
 )

@@ -38,6 +38,8 @@ class Verdict:
     swapped: bool
     score: float | None
     """0 to 100; in pairs 100 times the probability that the own mask's answer is the better one. None: unscored."""
+    turn: int = 0
+    """Of a conversation, from 1; 0 is an answer to a question of its own."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +79,20 @@ def preference(top: Iterable[tuple[str, float]], least_mass: float) -> float | N
 
 def inquiries(answers: pa.Table, description: str, judge: JudgeConfig, prompts: JudgePrompts) -> list[Inquiry]:
     """All that a judge is asked about one persona's answers."""
-    by_question: dict[int, dict[str, dict[str, Any]]] = {}
+    by_question: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
     for row in answers.to_pylist():
-        by_question.setdefault(row["number"], {})[row["arm"]] = row
+        by_question.setdefault((row["number"], row["turn"] or 0), {})[row["arm"]] = row
     asked = []
-    for number, arms in by_question.items():
+    for (number, turn), arms in by_question.items():
         for arm, row in arms.items():
             values = {"persona": description, "question": row["question"], "answer": row["text"]}
             for aspect in judge.aspects:
                 messages = _messages(getattr(prompts, aspect), values)
-                asked.append(Inquiry(Verdict(judge.label, aspect, arm, number, _digest(row), False, None), messages))
+                verdict = Verdict(judge.label, aspect, arm, number, _digest(row), False, None, turn)
+                asked.append(Inquiry(verdict, messages))
         for rival in judge.pairs:
-            if rival in arms and "own" in arms:
+            # Conversations go different ways: their replies are no pairs.
+            if rival in arms and "own" in arms and not turn:
                 asked += _pair(arms["own"], arms[rival], description, judge, prompts)
     return asked
 
@@ -178,17 +182,27 @@ def _stored(storage: Storage, persona_id: str) -> dict[str, Verdict]:
     return verdicts
 
 
+def stored_verdicts(storage: Storage, persona_id: str) -> list[Verdict]:
+    return list(_stored(storage, persona_id).values())
+
+
 def judged(storage: Storage, persona_id: str, answers: pa.Table) -> dict[str, dict[str, float | None]]:
+    """`verdict_means` of what is stored."""
+    return verdict_means(stored_verdicts(storage, persona_id), answers)
+
+
+def verdict_means(verdicts: Iterable[Verdict], answers: pa.Table) -> dict[str, dict[str, float | None]]:
     """Means by arm of what all judges say of these very answers: `judge_consistency`, `judge_coherence`, and for
     rivals `preferred`, the share of pairs that the own answer wins; a pair with swapped verdicts is half a win."""
-    rows = answers.select(["number", "arm", "text"]).to_pylist()
+    rows = answers.select(["number", "turn", "arm", "text"]).to_pylist()
     own = {row["number"]: row for row in rows if row["arm"] == "own"}
-    current = {(row["arm"], row["number"], _digest(row)) for row in rows}
-    current |= {(r["arm"], r["number"], _digest(own[r["number"]], r)) for r in rows if r["number"] in own}
+    current = {(row["arm"], row["number"], row["turn"] or 0, _digest(row)) for row in rows}
+    current |= {(r["arm"], r["number"], 0, _digest(own[r["number"]], r)) for r in rows if r["number"] in own}
     scores: dict[str, dict[str, list[float]]] = {}
     pairs: dict[tuple[str, str, int], list[float]] = {}
-    for verdict in _stored(storage, persona_id).values():
-        if verdict.score is None or (verdict.arm, verdict.number, verdict.answers_sha256) not in current:
+    for verdict in verdicts:
+        place = (verdict.arm, verdict.number, verdict.turn, verdict.answers_sha256)
+        if verdict.score is None or place not in current:
             continue
         if verdict.aspect == PREFERENCE:
             pairs.setdefault((verdict.judge, verdict.arm, verdict.number), []).append(verdict.score)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 
 from persona_pruner.config.evaluation import JudgeConfig
 from persona_pruner.config.schema import RunConfig
@@ -51,10 +52,11 @@ async def _judge_block(
     descriptions = {persona.id: persona.description for persona in described(storage, persona_ids)}
     async with endpoint:
         calls = []
-        for answers in read_answers(storage, config.storage.connections, persona_ids):
-            persona_id = answers["persona_id"][0].as_py()
-            asked = inquiries(answers, descriptions[persona_id], judge, config.evaluation.judge_prompts)
-            calls.append(judge_persona(endpoint, judge, storage, persona_id, asked))
+        for kind in ("answers", "dialogues"):
+            for answers in read_answers(storage, config.storage.connections, persona_ids, kind):
+                persona_id = answers["persona_id"][0].as_py()
+                asked = inquiries(answers, descriptions[persona_id], judge, config.evaluation.judge_prompts)
+                calls.append(judge_persona(endpoint, judge, storage, persona_id, asked))
         # All come to their end: what is under way is paid for.
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(outcome, BaseException):
@@ -63,14 +65,20 @@ async def _judge_block(
 
 def _add_costs(storage: Storage, judge: JudgeConfig, endpoint: Endpoint) -> None:
     """Add what this process has paid to what earlier ones have."""
-    if not endpoint.costs.requests:
-        return
-    try:
-        rows = {row[0]: row[1:] for row in json.loads(storage.get(keys.EVALUATION_COSTS))["rows"]}
-    except NotFoundError:
-        rows = {}
-    costs = endpoint.costs
-    new = (costs.requests, costs.prompt_tokens, costs.completion_tokens)
-    rows[judge.label] = [a + b for a, b in zip(rows.get(judge.label, (0, 0, 0)), new, strict=True)]
+    if endpoint.costs.requests:
+        before = _cost_rows(storage).get(judge.label, (0, 0, 0))
+        store_costs(storage, judge.label, [a + b for a, b in zip(before, astuple(endpoint.costs), strict=True)])
+
+
+def store_costs(storage: Storage, name: str, costs: Sequence[int]) -> None:
+    """`costs`: requests, prompt tokens, completion tokens."""
+    rows = _cost_rows(storage) | {name: costs}
     document = {"columns": COLUMNS, "rows": [[name, *values] for name, values in sorted(rows.items())]}
     storage.put(keys.EVALUATION_COSTS, json.dumps(document).encode())
+
+
+def _cost_rows(storage: Storage) -> dict[str, Sequence[int]]:
+    try:
+        return {row[0]: row[1:] for row in json.loads(storage.get(keys.EVALUATION_COSTS))["rows"]}
+    except NotFoundError:
+        return {}

@@ -3,8 +3,10 @@
 Figures of one persona are averaged first, so that resampling personas is a bootstrap clustered by persona.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +29,30 @@ class Headline:
     """Of the drop of the strongest baseline that the own mask removes: 1 - (unpruned - own) / (unpruned - baseline)
     for scores, with the signs turned for losses."""
     baseline: str
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of what was measured; None where nothing was."""
+    measured = [value for value in values if value is not None]
+    return fmean(measured) if measured else None
+
+
+class RunningMeans:
+    """Means of what was measured, by any key; single figures are not kept."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Any, tuple[float, int]] = {}
+
+    def add(self, key: Any, value: float | None) -> None:
+        total, count = self._sums.get(key, (0.0, 0))
+        self._sums[key] = (total, count) if value is None else (total + value, count + 1)
+
+    def __getitem__(self, key: Any) -> float | None:
+        total, count = self._sums.get(key, (0.0, 0))
+        return total / count if count else None
+
+    def count(self, key: Any) -> int:
+        return self._sums.get(key, (0.0, 0))[1]
 
 
 def mean_estimate(values: Sequence[float]) -> Estimate:

@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from persona_pruner.errors import ConfigError
-from persona_pruner.evaluation.answers import ARMS, SCHEMA
+from persona_pruner.evaluation.answers import SCHEMA
+from persona_pruner.evaluation.statistics import mean
+from persona_pruner.evaluation.subject import ARMS
 from persona_pruner.evaluation.wording import distinct
 from persona_pruner.masks.store import select
 from persona_pruner.storage import keys
@@ -43,6 +45,12 @@ COLUMNS = pa.schema(
         ("similarity", pa.float64()),
         ("judge", pa.float64()),
         ("judge_coherence", pa.float64()),
+        ("json", pa.float64()),
+        ("tool", pa.float64()),
+        ("injection", pa.float64()),
+        ("injection_first", pa.float64()),
+        ("dialogue_first", pa.float64()),
+        ("dialogue_judge", pa.float64()),
         ("passes", pa.int8()),
     ]
 )
@@ -50,18 +58,17 @@ COLUMNS = pa.schema(
 
 
 def read_answers(
-    storage: Storage, connections: int = 16, persona_ids: Sequence[str] | None = None
+    storage: Storage, connections: int = 16, persona_ids: Sequence[str] | None = None, kind: str = "answers"
 ) -> Iterator[pa.Table]:
-    """The stored answers of each persona that was asked, in order of ids."""
-    wanted = None if persona_ids is None else set(persona_ids)
-    items = [
-        item
-        for item in storage.list(keys.EVALUATION_ANSWERS)
-        if wanted is None or keys.persona_of(item.key, keys.EVALUATION_ANSWERS) in wanted
-    ]
+    """The stored rows of a kind of each persona that was asked, in order of ids."""
+    wanted, place = None if persona_ids is None else set(persona_ids), keys.evaluation_rows(kind)
+    items = [item for item in storage.list(place) if wanted is None or keys.persona_of(item.key, place) in wanted]
 
     def read(item: ObjectInfo) -> pa.Table:
-        return read_parquet(storage.get(item.key)).cast(SCHEMA)
+        stored = pa.concat_tables(
+            [SCHEMA.empty_table(), read_parquet(storage.get(item.key))], promote_options="default"
+        )
+        return stored.select(SCHEMA.names).cast(SCHEMA)
 
     with ThreadPoolExecutor(connections) as pool:
         for start in range(0, len(items), 64 * connections):
@@ -83,12 +90,6 @@ def by_arm(answers: pa.Table) -> dict[str, dict[str, float | None]]:
     return measures
 
 
-def mean(values: Iterable[float | None]) -> float | None:
-    """Of what was measured; None where nothing was."""
-    measured = [value for value in values if value is not None]
-    return fmean(measured) if measured else None
-
-
 def stored_losses(storage: Storage) -> dict[str, dict[str, dict[str, float]]]:
     """The job's comparison by persona, text and method, as far as it is stored."""
     items = [item for item in storage.list(keys.EVALUATION) if item.key.count("/") == 1 and item.key.endswith(".json")]
@@ -102,8 +103,10 @@ def summarize(
     losses: Mapping[str, Mapping[str, Mapping[str, float]]],
     conditions: Sequence[str],
     verdicts: Callable[[str, pa.Table], Measures] = lambda persona_id, answers: {},
+    more: Mapping[str, Mapping[str, float | None]] = MappingProxyType({}),
 ) -> pa.Table:
-    """A row of COLUMNS for each persona that was asked or compared. `verdicts` are judges' means by arm.
+    """A row of COLUMNS for each persona that was asked or compared. `verdicts` are judges' means by arm, `more` has
+    further columns by persona.
 
     Raises ConfigError for a wrong condition.
     """
@@ -120,6 +123,8 @@ def summarize(
     for persona_id, by_text in losses.items():
         row = rows.setdefault(persona_id, {})
         row |= {f"{text}_loss": values["own"] for text, values in by_text.items() if "own" in values}
+    for persona_id, columns in more.items():
+        rows.setdefault(persona_id, {}).update(columns)
     table = pa.Table.from_pylist([{"persona_id": name, **rows[name]} for name in sorted(rows)], COLUMNS)
     passing = set(select(table, conditions)["persona_id"].to_pylist())
     flags = pa.array([int(name in passing) for name in table["persona_id"].to_pylist()], pa.int8())

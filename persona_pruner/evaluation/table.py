@@ -18,16 +18,13 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData, Row, read_persona_data, uses_unfinished_answers
 from persona_pruner.errors import ConfigError
 from persona_pruner.evaluation.likelihood import heldout_losses
-from persona_pruner.learning.batches import MicroBatchConfig, examples_by_prefix
 from persona_pruner.learning.estimators import topk_mask
-from persona_pruner.learning.persona_tokens import generic_data
-from persona_pruner.learning.training_free import activation_scores, random
+from persona_pruner.learning.training_free import random
 from persona_pruner.manifest import Persona
 from persona_pruner.masks.format import Mask
 from persona_pruner.storage import keys
@@ -61,13 +58,6 @@ class EvaluationTask:
         parts += [f"{name}:{hashlib.sha256(data).hexdigest()}" for name, data in sorted(self.masks.items())]
         parts += [f"{kind}:{row.question}\0{row.answer}" for kind in TEXTS for row in self.texts.get(kind, ())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def generic_activation(backbone: Backbone, config: RunConfig) -> Tensor:
-    """Scores [L, I] of the channels on generic text: the published style of pruning without training."""
-    ((prefix, examples),) = examples_by_prefix(generic_data(backbone, config))
-    with BackboneRunner(backbone) as runner:
-        return activation_scores(runner, prefix, examples, MicroBatchConfig.of(config, backbone.device))
 
 
 def evaluate_persona(

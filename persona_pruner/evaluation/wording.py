@@ -9,10 +9,11 @@ def distinct(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def repetition(text: str, n: int = 4) -> float:
-    """Share of a text's word n-grams that it has said before (seq-rep-n, Welleck et al. 2020); 0 without any."""
-    grams = _grams(text, n)
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+def repetition(text: str, earlier: Sequence[str] = (), n: int = 4) -> float:
+    """Share of a text's word n-grams that it, or an `earlier` text, has said before (seq-rep-n, Welleck et al. 2020); 0
+    without any."""
+    grams, said = _grams(text, n), {gram for before in earlier for gram in _grams(before, n)}
+    return 1 - len(set(grams) - said) / len(grams) if grams else 0.0
 
 
 def words(text: str) -> int:

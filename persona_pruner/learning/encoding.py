@@ -55,7 +55,7 @@ def encode_rows(
     prefix = persona_prefix(tokenizer, prompt, description)
     encoded = []
     for number, row in enumerate(rows):
-        question = question_suffix(tokenizer, prompt, description, row.question)
+        question = question_suffix(tokenizer, prompt, description, row.question, row.earlier)
         answer = answer_tokens(tokenizer, row.answer)
         if not row.finished:
             answer = answer[:-1]  # the end token: this answer did not end here

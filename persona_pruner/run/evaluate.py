@@ -1,20 +1,26 @@
 """The evaluation of an output's masks: ask, measure, summarize. What is stored already is not done again."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 
 from persona_pruner.backbone.files import fingerprint, resolve
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import EXIT_PERSONAS_FAILED, EXIT_STOPPED, MaskError, UserError
-from persona_pruner.evaluation import summary, table
-from persona_pruner.evaluation.answers import AnswerTask, digest_of, is_answered
+from persona_pruner.evaluation import abilities, dialogues, summary, table
+from persona_pruner.evaluation.abilities import read_tasks
+from persona_pruner.evaluation.answers import digest_of
+from persona_pruner.evaluation.asking import missing
 from persona_pruner.evaluation.judge import judged
-from persona_pruner.evaluation.judging import judge_all
+from persona_pruner.evaluation.judging import judge_all, store_costs
 from persona_pruner.evaluation.questions import read_questions_file
+from persona_pruner.evaluation.simulated_user import user_costs
+from persona_pruner.evaluation.subject import AnswerTask
 from persona_pruner.learning.pooled import pooled_sample
 from persona_pruner.masks.catalog import build_catalog
 from persona_pruner.run.lease import Lease
@@ -29,6 +35,8 @@ from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
 from persona_pruner.storage.open import open_storage
 
+FIGURES: Mapping[Any, str] = {abilities: keys.EVALUATION_ABILITIES, dialogues: keys.EVALUATION_TURNS}
+"""What is asked beside the held-out questions: the module of its figures, and the key of its table."""
 CATALOG_COLUMNS = ("persona_sha256", "backbone_fingerprint", "data_sha256", "ratio", "keep")
 
 
@@ -91,6 +99,7 @@ class Evaluation:
         self.personas = self._chosen()
         _check_backbone(catalog, self._fingerprint, self.storage.url)
         self._global_key = self._stored_global_mask()
+        self._abilities = read_tasks(config)[1] if config.evaluation.abilities.enabled else None
 
     def _chosen(self) -> list[str]:
         ids = sorted(self._versions)
@@ -124,20 +133,29 @@ class Evaluation:
             candidates = tuple([name for name in drawn if name != persona_id][: settings.candidates - 1])
             yield AnswerTask(
                 persona_id=persona_id, other_id=other_id, candidates=candidates, global_key=self._global_key,
-                digest=self._digest(persona_id, other_id, candidates),
+                digests=self._digests(persona_id, other_id, candidates),
             )  # fmt: skip
 
-    def _digest(self, persona_id: str, other_id: str | None, candidates: Sequence[str]) -> str:
+    def _digests(self, persona_id: str, other_id: str | None, candidates: Sequence[str]) -> dict[str, str]:
         config = self.request.config
-        return digest_of(
+        common = (
             persona_id, self._versions[persona_id], other_id and self._versions[other_id][1],
             [self._versions[name][0] for name in candidates], self._global_key, self._fingerprint,
             config.evaluation.answers.model_dump(mode="json"), config.prompt.model_dump(mode="json"),
-            config.backbone.dtype, config.backbone.attention, read_questions_file(config, persona_id),
+            config.backbone.dtype, config.backbone.attention,
         )  # fmt: skip
+        digests = {"answers": digest_of(*common, read_questions_file(config, persona_id))}
+        if self._abilities is not None:
+            digests["abilities"] = digest_of(*common, self._abilities)
+        talks = config.evaluation.dialogues
+        if talks.enabled:
+            user = talks.user and (talks.user.model, talks.user.base_url)
+            decided = (talks.count, talks.turns, talks.user_prompt, user, config.learning.max_row_tokens)
+            digests["dialogues"] = digest_of(*common, read_questions_file(config, persona_id), decided)
+        return digests
 
     def open_tasks(self) -> list[AnswerTask]:
-        return [task for task in self.tasks() if not is_answered(self.storage, task)]
+        return [task for task in self.tasks() if missing(self.storage, task)]
 
     def work(self) -> bool:
         """Everything that needs the cluster. False where stopped before the end."""
@@ -188,20 +206,44 @@ class Evaluation:
     def report(self) -> int:
         """Summary, table, and what failed. Returns the exit status."""
         config = self.request.config
-        answers = summary.read_answers(self.storage, config.storage.connections)
-        losses = summary.stored_losses(self.storage)
-        rows = summary.summarize(answers, losses, config.evaluation.passes, partial(judged, self.storage))
-        summary.store_summary(self.storage, rows)
+        self._store_figures()
         self.progress.close("failed" if self.failures else "done")
         shown = summary.read_answers(self.storage, config.storage.connections, self.personas)
         self.progress.console.print(summary.render(shown))
+        for kind in FIGURES:
+            figures = kind.stored(self.storage, config.storage.connections, self.personas)
+            if (document := kind.table(own for _, own in figures))["rows"]:
+                self.progress.console.print(kind.render(document))
         for persona_id, message in self.failures.items():
             self.progress.say(f"failed {persona_id}: {message}")
         self.progress.say(
             f"{len(self.personas) - len(self.failures)} of {len(self.personas)} personas evaluated; answers under "
-            f"{self.storage.url}/{keys.EVALUATION_ANSWERS}"
+            f"{self.storage.url}/{keys.evaluation_rows('answers')}"
         )
         return EXIT_PERSONAS_FAILED if self.failures else 0
+
+    def _store_figures(self) -> None:
+        """The catalog's columns and the report's tables, of all that was ever evaluated here."""
+        config, columns = self.request.config, dict[str, dict[str, float | None]]()
+        connections = config.storage.connections
+        for kind, key in FIGURES.items():
+            document = kind.table(_noted(kind, kind.stored(self.storage, connections), columns))
+            if document["rows"]:
+                self.storage.put(key, json.dumps(document).encode())
+        answers = summary.read_answers(self.storage, connections)
+        losses = summary.stored_losses(self.storage)
+        verdicts = partial(judged, self.storage)
+        rows = summary.summarize(answers, losses, config.evaluation.passes, verdicts, columns)
+        summary.store_summary(self.storage, rows)
+        if (user := config.evaluation.dialogues.user) and (costs := user_costs(self.storage)):
+            store_costs(self.storage, f"{user.model} (simulated user)", astuple(costs))
+
+
+def _noted(kind: Any, figures: Iterable[tuple[str, Any]], columns: dict[str, dict[str, float | None]]) -> Iterable[Any]:
+    """The figures, whose columns of the catalog are noted by persona as they pass."""
+    for persona_id, own in figures:
+        columns.setdefault(persona_id, {}).update(kind.catalog_columns(own))
+        yield own
 
 
 def _versions(catalog: pa.Table) -> Iterable[tuple[str, tuple[str, str, str]]]:

@@ -19,7 +19,9 @@ from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData, read_persona_data, uses_unfinished_answers
 from persona_pruner.errors import MaskError, PersonaError, StorageError
 from persona_pruner.evaluation import table
-from persona_pruner.evaluation.answers import AnswerTask, answer_task
+from persona_pruner.evaluation.asking import answer_task
+from persona_pruner.evaluation.baselines import Baselines
+from persona_pruner.evaluation.subject import AnswerTask
 from persona_pruner.learning.callbacks import TrainingCallbacks
 from persona_pruner.learning.methods.one_pass import OnePass
 from persona_pruner.learning.outcome import LearnedScores, Progress, TrainingResult, TrainingStatus
@@ -129,17 +131,16 @@ class TrainingWorker:
         return result.status is TrainingStatus.DONE
 
     def evaluate(self, task: Any) -> dict[str, dict[str, float]]:
-        return table.evaluate_persona(self.backbone, self.config, task, self.generic_activation)
+        return table.evaluate_persona(self.backbone, self.config, task, self.baselines.generic_activation)
 
     @cached_property
-    def generic_activation(self) -> torch.Tensor:
-        """The comparison's baseline, the same for all personas."""
-        return table.generic_activation(self.backbone, self.config)
+    def baselines(self) -> Baselines:
+        return Baselines(self.backbone, self.config)
 
     def answer(self, task: AnswerTask) -> str | None:
         """Ask one persona under every arm and store its answers; what was wrong with it, if it could not be."""
         try:
-            answer_task(self.backbone, self.config, self.storage, task)
+            answer_task(self.baselines, self.storage, task)
         except (PersonaError, MaskError) as error:
             return str(error)
         return None

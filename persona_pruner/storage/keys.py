@@ -14,12 +14,13 @@ CHECKPOINTS = "checkpoints/"
 MASKS = "masks/"
 ERRORS = "errors/"
 EVALUATION = "evaluation/"
-EVALUATION_ANSWERS = "evaluation/answers/"
 EVALUATION_SUMMARY = "evaluation/summary.parquet"
 GLOBAL_MASKS = "evaluation/global/"
 EVALUATION_TABLES = "evaluation/tables/"
 """Tables for the report, one JSON object each: `columns` and `rows`."""
 EVALUATION_COSTS = f"{EVALUATION_TABLES}costs.json"
+EVALUATION_ABILITIES = f"{EVALUATION_TABLES}abilities.json"
+EVALUATION_TURNS = f"{EVALUATION_TABLES}turns.json"
 EVALUATION_BENCHMARKS = f"{EVALUATION_TABLES}benchmarks.json"
 REPORT = "report.html"
 LEASES = "lease/"
@@ -75,9 +76,16 @@ def evaluation(persona_id: str) -> str:
     return f"{EVALUATION}{persona_id}.json"
 
 
-def evaluation_answers(persona_id: str, digest: str = "") -> str:
-    """Answers of a persona under every arm, named by what decided them; without a digest, where they lie."""
-    return f"{EVALUATION_ANSWERS}{persona_id}/{f'{digest}.parquet' if digest else ''}"
+def evaluation_rows(kind: str, persona_id: str = "", digest: str = "") -> str:
+    """What a persona said under every arm, asked for one kind of thing (such as answers), named by what decided it;
+    without a digest, where that of the persona lies, without a persona, where that of all lies."""
+    place = f"{EVALUATION}{kind}/"
+    return f"{place}{f'{persona_id}/' if persona_id else ''}{f'{digest}.parquet' if digest else ''}"
+
+
+def user_turns(persona_id: str = "", digest: str = "") -> str:
+    """What an endpoint said as the simulated user, some at a time; without a digest, where they lie."""
+    return f"{EVALUATION}user/{f'{persona_id}/' if persona_id else ''}{f'{digest}.json' if digest else ''}"
 
 
 def judgements(persona_id: str, digest: str = "") -> str:

@@ -14,6 +14,13 @@ from persona_pruner.storage.open import open_storage
 PERSONAS = ("ann", "bo", "cy")
 QUESTIONS = ("Why?", "Who are you?")
 
+TASKS = (
+    {"ability": "json", "question": "How many? {schema}", "schema": {"type": "integer"}},
+    {"ability": "injection", "question": "Say nay.", "marker": "nay"},
+)
+
+DIALOGUES = {"turns": 3, "user_prompt": "{conversation} And now?"}
+
 
 def description_of(persona_id):
     return f"{persona_id}, who {'often ' * len(persona_id)}sails"
@@ -28,9 +35,18 @@ def make_run(directory, **answers):
     (directory / "questions").mkdir()
     for persona_id in PERSONAS:
         (directory / "questions" / f"{persona_id}.json").write_text(json.dumps(QUESTIONS))
-    settings = {"max_new_tokens": 6, "batch_size": 4, "baseline": "magnitude", "candidates": 3} | answers
-    config = tiny_config(directory / "tiny")
-    evaluation = type(config.evaluation)(questions=str(directory / "questions"), answers=settings)
+    (directory / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in TASKS))
+    settings = {"max_new_tokens": 6, "batch_size": 4, "baselines": ["magnitude", "flap"], "candidates": 3} | answers
+    (directory / "generic.jsonl").write_text(
+        '{"question": "Why?", "answer": "So."}\n{"question": "Ho", "answer": "Hum."}\n'
+    )
+    config = tiny_config(directory / "tiny", objective={"generic_rows": str(directory / "generic.jsonl")})
+    evaluation = type(config.evaluation)(
+        questions=str(directory / "questions"),
+        answers=settings,
+        abilities={"tasks": str(directory / "tasks.jsonl")},
+        dialogues=DIALOGUES,
+    )
     return backbone, config.model_copy(update={"evaluation": evaluation}), storage
 
 

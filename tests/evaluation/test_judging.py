@@ -10,7 +10,7 @@ from judge_server import judge_server
 
 from persona_pruner.config.evaluation import JudgeConfig
 from persona_pruner.endpoint import EndpointError
-from persona_pruner.evaluation.answers import AnswerTask, store_answers
+from persona_pruner.evaluation.answers import store_rows
 from persona_pruner.evaluation.judge import judged
 from persona_pruner.evaluation.judging import judge_all
 from persona_pruner.evaluation.summary import read_answers, stored_losses, summarize
@@ -25,13 +25,12 @@ INQUIRIES = 2 * 2 * (2 * 2 + 2)
 def output(tmp_path):
     _, config, storage = make_run(tmp_path)
     for persona_id in PERSONAS:
-        task = AnswerTask(persona_id=persona_id, other_id=None, candidates=(), global_key=None, digest="d")
         rows = [
             {"persona_id": persona_id, "arm": arm, "question": question, "number": number, "ended": True,
              "text": f"{persona_id} {arm}"}
             for arm in ("own", "global") for number, question in enumerate(QUESTIONS)
         ]  # fmt: skip
-        store_answers(storage, task, rows)
+        store_rows(storage, "answers", persona_id, "d", rows)
     return config, storage
 
 

@@ -75,5 +75,5 @@ def test_losses_of_the_jobs_comparison_are_found_beside_everything_else(tmp_path
     for persona_id, losses in LOSSES.items():
         storage.put(keys.evaluation(persona_id), json.dumps({"persona_id": persona_id, "losses": losses}).encode())
     storage.put(keys.global_mask("d"), b"")
-    storage.put(keys.evaluation_answers("ada", "d"), b"")
+    storage.put(keys.evaluation_rows("answers", "ada", "d"), b"")
     assert stored_losses(storage) == LOSSES

@@ -13,6 +13,7 @@ def test_repetition_is_the_share_of_n_grams_said_before():
     assert repetition("one two three four five") == 0
     assert repetition("la " * 8) == pytest.approx(4 / 5)
     assert repetition("too short") == repetition("") == 0
+    assert repetition("one two three four five", ["Well, one two three four"]) == 1 / 2
 
 
 def test_words_are_what_blanks_separate():

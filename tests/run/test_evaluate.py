@@ -1,18 +1,22 @@
 """What an evaluation decides by itself; the cluster's part is a pool that asks in this process."""
 
 import io
+import json
 
 import pytest
 from evaluated_run import PERSONAS, make_run, put
 from rich.console import Console
 
 from persona_pruner.errors import MaskError, UserError
-from persona_pruner.evaluation.answers import answer_task
+from persona_pruner.evaluation.asking import answer_task
+from persona_pruner.evaluation.baselines import Baselines
 from persona_pruner.masks.store import MaskStore
 from persona_pruner.run import evaluate
 from persona_pruner.run.evaluate import Evaluation, EvaluationRequest
 from persona_pruner.run.progress import ProgressReporter
 from persona_pruner.storage import keys
+
+ANSWERS = keys.evaluation_rows("answers")
 
 
 class Pool:
@@ -25,7 +29,7 @@ class Pool:
         assert method == "answer"
         for task in payloads[: self.limit]:
             self.asked.append(task.persona_id)
-            answer_task(self.backbone, self.config, self.storage, task)
+            answer_task(Baselines(self.backbone, self.config), self.storage, task)
             yield task, None
 
     def close(self):
@@ -54,11 +58,11 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_bytes_as_one_in_one
     second, again = run()
     assert second.work()
     assert (pool.asked, again.asked) == (["ann"], ["bo", "cy"])
-    in_two = {item.key: run.storage.get(item.key) for item in run.storage.list(keys.EVALUATION_ANSWERS)}
+    in_two = {item.key: run.storage.get(item.key) for item in run.storage.list(ANSWERS)}
     for key in in_two:
         run.storage.delete(key)
     assert run()[0].work()
-    assert {item.key: run.storage.get(item.key) for item in run.storage.list(keys.EVALUATION_ANSWERS)} == in_two
+    assert {item.key: run.storage.get(item.key) for item in run.storage.list(ANSWERS)} == in_two
     assert second.report() == 0
     assert "3 of 3 personas evaluated" in second.progress.console.file.getvalue()
     assert MaskStore(run.storage.url).where(["rank>=1", "ended>=0"]) == list(PERSONAS)
@@ -74,6 +78,27 @@ def test_what_was_asked_is_asked_again_only_where_something_that_decides_it_has_
     answers = run.config.evaluation.answers.model_copy(update={"max_new_tokens": 7})
     evaluation = run.config.evaluation.model_copy(update={"answers": answers})
     assert len(run(config=run.config.model_copy(update={"evaluation": evaluation}))[0].open_tasks()) == 3
+
+
+def test_conversations_and_tasks_get_tables_and_columns(run):
+    talks = run.config.evaluation.dialogues.model_copy(update={"enabled": True})
+    config = run.config.model_copy(
+        update={
+            "evaluation": run.config.evaluation.model_copy(update={"dialogues": talks, "passes": ("injection>=0",)})
+        }
+    )
+    one, _ = run(config=config, personas=("ann",))
+    assert one.work()
+    assert one.report() == 0
+    said = one.progress.console.file.getvalue()
+    assert "Tasks passed" in said
+    assert "own description ranks first, by turn" in said
+    turns, tried = (json.loads(run.storage.get(key)) for key in (keys.EVALUATION_TURNS, keys.EVALUATION_ABILITIES))
+    assert {row[0] for row in turns["rows"]} == {1, 2, 3}
+    assert {row[0] for row in tried["rows"]} == {"json", "injection", "injection_first"}
+    store = MaskStore(run.storage.url)
+    assert store.where(["dialogue_first>=0", "json>=0", "passes==1"]) == ["ann"]
+    assert run(config=config, personas=("ann",))[0].open_tasks() == []
 
 
 def test_a_sample_is_drawn_by_ids_and_compares_with_everybody(run):

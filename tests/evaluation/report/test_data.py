@@ -5,7 +5,7 @@ import pytest
 from mask_examples import mask
 
 from persona_pruner.errors import UserError
-from persona_pruner.evaluation.answers import AnswerTask, store_answers
+from persona_pruner.evaluation.answers import store_rows
 from persona_pruner.evaluation.report import data
 from persona_pruner.evaluation.report.data import read_report_data
 from persona_pruner.evaluation.summary import COLUMNS, store_summary
@@ -14,13 +14,12 @@ from persona_pruner.storage.open import open_storage
 
 
 def answered(storage, persona_id, text="Aye."):
-    task = AnswerTask(persona_id=persona_id, other_id=None, candidates=(), global_key=None, digest="d")
     rows = [
         {"persona_id": persona_id, "arm": arm, "question": question, "text": f"{text} {arm}", "ended": True, "rank": 1,
          "candidates": 3, "words": 2, "repetition": 0.0, "own_loss": 1.0, "similarity": 1.0}
         for arm in ("unpruned", "own") for question in ("Why?", "Who?")
     ]  # fmt: skip
-    store_answers(storage, task, rows)
+    store_rows(storage, "answers", persona_id, "d", rows)
 
 
 def compared(storage, persona_id, own):
