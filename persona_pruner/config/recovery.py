@@ -16,6 +16,11 @@ class RecoveryConfig(Section):
     """Rows (question and answer) of one step."""
     learning_rate: Positive = 0.001
     """AdamW; goes down to 0 linearly."""
+    objective: Literal["distillation", "cross_entropy"] = "distillation"
+    """distillation: KL(unpruned || tuned) on answer tokens; cross_entropy: of the answers' own tokens, as published."""
+    evaluate_every: Count = 10
+    """Steps between held-out losses. What is stored is the state with the lowest, the pruned model as it was included;
+    without held-out rows it is the last one."""
     seed: int = 0
     """Draws the first LoRA matrices and the batches."""
     form: Literal["adapter", "merged"] = "adapter"

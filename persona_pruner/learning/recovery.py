@@ -1,7 +1,8 @@
 """Tuning after the mask: LoRA (arXiv 2106.09685) on the pruned model, on the persona's own rows, for few steps.
 
-Cross-entropy on answer tokens under the persona's prompt. The LoRA matrices and AdamW's moments are all that a
-checkpoint holds: an interrupted tuning goes on at its step, bit by bit. Needs peft (`persona-pruner[recover]`).
+On answer tokens under the persona's prompt. Few rows are soon overfitted: what is stored is the state with the lowest
+held-out loss, the pruned model as it was included. A checkpoint holds the LoRA matrices, the best so far and AdamW's
+moments: an interrupted tuning goes on at its step, bit by bit. Needs peft (`persona-pruner[recover]`).
 
 Shapes: B rows, T tokens, V vocabulary, N answer tokens.
 """
@@ -35,7 +36,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recovered:
-    """Held-out losses in nats per token, None where nothing is held out. `files` of an adapter or a checkpoint."""
+    """Held-out losses in nats per token, None where nothing is held out. `files` of an adapter or a checkpoint.
+
+    `steps`: after which the stored state was reached; 0 where none was better than the pruned model.
+    """
 
     persona_id: str
     loss_before: float | None
@@ -67,17 +71,19 @@ def recover(
     mask.check(f"mask of {data.persona_id}", data.persona_id, backbone.fingerprint)
     encoded = encode(backbone.tokenizer, config.prompt, data, config.learning.max_row_tokens)
     tuning = _Tuning(backbone, config.recovery, mask, encoded, digest)
-    before = tuning.heldout_loss() if encoded.heldout else None
+    before = tuning.consider()
     tuning.restore(callbacks.read_checkpoint(data.persona_id))
     while tuning.step < config.recovery.steps:
         if callbacks.should_stop():
             callbacks.write_checkpoint(data.persona_id, tuning.checkpoint())
             return None
         tuning.train_step()
+        if tuning.step % config.recovery.evaluate_every == 0 or tuning.step == config.recovery.steps:
+            tuning.consider()
         if tuning.step % config.recovery.checkpoint_steps == 0:
             callbacks.write_checkpoint(data.persona_id, tuning.checkpoint())
-    after = tuning.heldout_loss() if encoded.heldout else None
-    return Recovered(data.persona_id, before, after, tuning.step, tuning.files())
+    tuning.take_best()
+    return Recovered(data.persona_id, before, tuning.best_loss, tuning.step, tuning.files())
 
 
 class _Tuning:
@@ -89,7 +95,8 @@ class _Tuning:
         from peft import LoraConfig, get_peft_model
 
         self.backbone, self.settings, self.encoded, self.digest = backbone, settings, encoded, digest
-        self.step = 0
+        self.step = self.best_step = 0
+        self.best_loss: float | None = None
         self._pad = getattr(backbone.model.config, "pad_token_id", None) or 0
         lora = LoraConfig(
             r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear", task_type="CAUSAL_LM"  # type: ignore[arg-type]
@@ -100,6 +107,7 @@ class _Tuning:
         self.learned: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
         }
+        self._best: dict[str, Tensor] = {}
         self.optimizer = torch.optim.AdamW(self.learned.values(), settings.learning_rate, weight_decay=0)
 
     def train_step(self) -> None:
@@ -107,34 +115,62 @@ class _Tuning:
         numbers = batch(len(rows), settings.rows_per_step, self.step, settings.seed, self.encoded.sha256)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - self.step / settings.steps)
-        losses_N = self._losses([rows[number] for number in numbers])
-        losses_N.mean().backward()
+        self._loss([rows[number] for number in numbers]).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
 
-    @torch.no_grad()
-    def heldout_loss(self) -> float:
-        rows, size = self.encoded.heldout, self.settings.rows_per_step
-        blocks = [self._losses(rows[start : start + size]) for start in range(0, len(rows), size)]
-        return torch.cat(blocks).mean().item()
+    def consider(self) -> float | None:
+        """Keep this state if none before had a lower held-out loss, which is returned; None without held-out rows."""
+        if not self.encoded.heldout:
+            return None
+        loss = self._heldout_loss()
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step = loss, self.step
+            self._best = {name: parameter.detach().clone() for name, parameter in self.learned.items()}
+        return loss
 
-    def _losses(self, rows: Sequence[EncodedRow]) -> Tensor:
-        """Cross-entropy of every answer token [N], float32."""
+    def take_best(self) -> None:
+        """Go back to the best state, where there are held-out rows to tell."""
+        if self._best:
+            self.step = self.best_step
+            for name, value in self._best.items():
+                self.learned[name].data.copy_(value)
+
+    def _loss(self, rows: Sequence[EncodedRow]) -> Tensor:
+        """Mean over the answer tokens."""
+        logits_NV, targets_N = self._answers(self.model, rows)
+        if self.settings.objective == "cross_entropy":
+            return nn.functional.cross_entropy(logits_NV, targets_N)
+        with torch.no_grad():
+            unpruned_NV, _ = self._answers(self.backbone.model, rows)
+        logs_NV, unpruned_NV = logits_NV.log_softmax(-1), unpruned_NV.log_softmax(-1)
+        return nn.functional.kl_div(logs_NV, unpruned_NV, reduction="batchmean", log_target=True)
+
+    @torch.no_grad()
+    def _heldout_loss(self) -> float:
+        rows, size = self.encoded.heldout, self.settings.rows_per_step
+        blocks = [self._answers(self.model, rows[start : start + size]) for start in range(0, len(rows), size)]
+        losses = [
+            nn.functional.cross_entropy(logits_NV, targets_N, reduction="none") for logits_NV, targets_N in blocks
+        ]
+        return torch.cat(losses).mean().item()
+
+    def _answers(self, model: Any, rows: Sequence[EncodedRow]) -> tuple[Tensor, Tensor]:
+        """Logits [N, V] (float32) and ids [N] of every answer token."""
         prefix, device = self.encoded.prefixes[0], self.backbone.device
         tokens = [[*prefix, *row.tokens] for row in rows]
         ids_BT = pad_rows(tokens, self._pad).to(device)
         lengths_B = torch.tensor([len(ids) for ids in tokens], device=device)
         attention_BT = (torch.arange(ids_BT.shape[1], device=device) < lengths_B[:, None]).long()
-        logits_BTV = self.model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits
+        logits_BTV = model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits
         answers = [
             (number, position)
             for number, (ids, row) in enumerate(zip(tokens, rows, strict=True))
             for position in range(len(ids) - row.answer, len(ids))
         ]
         row_N, position_N = torch.tensor(answers, device=device).T
-        logits_NV = logits_BTV[row_N, position_N - 1].float()
-        return nn.functional.cross_entropy(logits_NV, ids_BT[row_N, position_N], reduction="none")
+        return logits_BTV[row_N, position_N - 1].float(), ids_BT[row_N, position_N]
 
     def checkpoint(self) -> bytes:
         tensors: dict[str, Tensor] = {}
@@ -142,9 +178,11 @@ class _Tuning:
             state = self.optimizer.state[parameter]
             tensors |= {f"value.{name}": parameter.detach(), f"first.{name}": state["exp_avg"]}
             tensors[f"second.{name}"] = state["exp_avg_sq"]
+        tensors |= {f"best.{name}": value for name, value in self._best.items()}
+        best = {"best_step": str(self.best_step), "best_loss": json.dumps(self.best_loss)}
         return save(
             {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-            {"step": str(self.step), "digest": self.digest},
+            {"step": str(self.step), "digest": self.digest, **best},
         )
 
     def restore(self, data: bytes | None) -> None:
@@ -160,7 +198,9 @@ class _Tuning:
                 name: [tensors[f"{part}.{name}"].to(self.backbone.device) for part in ("value", "first", "second")]
                 for name in self.learned
             }
-            step = int(header["step"])
+            device = self.backbone.device
+            best = {name: tensors[f"best.{name}"].to(device) for name in (self.learned if self._best else ())}
+            step, best_step, best_loss = (json.loads(header[name]) for name in ("step", "best_step", "best_loss"))
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s: its checkpoint cannot be read (%s)", self.encoded.persona_id, type(error).__name__)
             return
@@ -169,7 +209,7 @@ class _Tuning:
             parameter.data.copy_(value)
             moments = {"step": torch.tensor(float(step)), "exp_avg": first, "exp_avg_sq": second}
             self.optimizer.state[parameter] = moments
-        self.step = step
+        self.step, self.best_step, self.best_loss, self._best = step, best_step, best_loss, best
 
     def files(self) -> dict[str, bytes]:
         """Of the adapter as peft writes it, or of the merged checkpoint and its tokenizer."""

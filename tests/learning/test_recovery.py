@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load
 from tiny_models import persona_data, tiny, tiny_config
 from transformers import AutoModelForCausalLM
 
@@ -12,6 +13,7 @@ from persona_pruner.config.schema import BackboneConfig
 from persona_pruner.errors import MaskError
 from persona_pruner.evaluation.likelihood import heldout_loss
 from persona_pruner.learning.callbacks import TrainingCallbacks
+from persona_pruner.learning.encoding import encode
 from persona_pruner.learning.methods.one_pass import OnePass
 from persona_pruner.learning.recovery import recover, recovery_digest
 
@@ -31,7 +33,8 @@ def mask(backbone):
 
 
 def config(**recovery):
-    recovery = RecoveryConfig(**{"steps": 6, "rows_per_step": 4, "rank": 2, "checkpoint_steps": 4, **recovery})
+    few = {"steps": 6, "rows_per_step": 4, "rank": 2, "checkpoint_steps": 4, "evaluate_every": 2}
+    recovery = RecoveryConfig(**{**few, "objective": "cross_entropy", **recovery})
     return tiny_config().model_copy(update={"recovery": recovery})
 
 
@@ -59,6 +62,36 @@ def test_a_short_tuning_lowers_the_loss_of_the_pruned_model_and_leaves_the_backb
     assert done.loss_before == pytest.approx(masked, rel=1e-4)
     assert done.loss_after < done.loss_before
     assert all(torch.equal(parameter, before[name]) for name, parameter in backbone.model.named_parameters())
+
+
+def test_a_tuning_that_breaks_the_model_gives_the_pruned_one_back(backbone, mask):
+    done = recover(backbone, config(learning_rate=1e30), mask, ANN, "d")
+    assert (done.loss_after, done.steps) == (done.loss_before, 0)
+    adapter = load(done.files["adapter_model.safetensors"])
+    assert not any(values.any() for name, values in adapter.items() if "lora_B" in name)
+
+
+def test_distillation_brings_the_pruned_model_nearer_to_the_unpruned_one(backbone, mask, tmp_path):
+    ann = dataclasses.replace(ANN, heldout=())
+    encoded = encode(backbone.tokenizer, tiny_config().prompt, ann, 2048)
+    row = encoded.train[0]
+    tokens = torch.tensor([[*encoded.prefixes[0], *row.tokens]])
+    settings = {"objective": "distillation", "form": "merged", "learning_rate": 0.01}
+    distances = []
+    for steps in (1, 20):  # the first step leaves B as small as its rate
+        done = recover(backbone, config(steps=steps, **settings), mask, ann, "d")
+        (tmp_path / str(steps)).mkdir()
+        for name, data in done.files.items():
+            (tmp_path / str(steps) / name).write_bytes(data)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / str(steps))
+        differences = (merged(tokens).logits - backbone.model(tokens).logits)[0, -row.answer :]
+        distances.append(differences.norm().item())
+    assert distances[1] < distances[0]
+
+
+def test_without_held_out_rows_the_last_state_is_stored(backbone, mask):
+    done = recover(backbone, config(), mask, dataclasses.replace(ANN, heldout=()), "d")
+    assert (done.loss_before, done.loss_after, done.steps) == (None, None, 6)
 
 
 def test_an_interrupted_tuning_goes_on_where_it_was_and_ends_in_the_same_bits(backbone, mask):
