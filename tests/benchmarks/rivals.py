@@ -74,10 +74,9 @@ def channel_moments(calibration: Calibration) -> ChannelMoments:
     return ChannelMoments(mean_LI.float(), (square_LI / tokens - mean_LI.square()).clamp_min(0).float())
 
 
-def flap(calibration: Calibration, kept: int) -> tuple[Tensor, Tensor]:
+def flap(backbone: Backbone, moments: ChannelMoments, kept: int) -> tuple[Tensor, Tensor]:
     """Mask [L, I] that keeps `kept` channels a layer on average, and the bias [L, D] that stands for the others."""
-    moments = channel_moments(calibration)
-    outputs = [ffn.output.weight.detach().float() for ffn in find_ffns(calibration.backbone.model)]
+    outputs = [ffn.output.weight.detach().float() for ffn in find_ffns(backbone.model)]
     scores_LI = moments.variance_LI * torch.stack([weight.square().sum(0) for weight in outputs])
     standard_LI = (scores_LI - scores_LI.mean(1, keepdim=True)) / scores_LI.std(1, keepdim=True)
     keep_LI = topk_mask(standard_LI, free_widths(standard_LI, kept * len(outputs), 1))
@@ -101,14 +100,14 @@ def added_biases(backbone: Backbone, bias_LD: Tensor) -> Iterator[None]:
             each.remove()
 
 
-def taylor(calibration: Calibration, kept: int) -> Tensor:
-    """Mask [L, I] of the largest |d cross-entropy / d mask| of each layer."""
+def taylor(calibration: Calibration) -> Tensor:
+    """|d cross-entropy / d mask| of each channel [L, I]."""
     ((prefix, examples),) = examples_by_prefix(calibration.encoded)
     settings = MicroBatchConfig(CROSS_ENTROPY, calibration.config.learning.micro_batch_tokens)
     with BackboneRunner(calibration.backbone) as runner:
         ones_PLI = torch.ones(1, runner.masks.layers, runner.masks.channels, device=calibration.backbone.device)
         grad_PLI, _ = mask_gradient(runner, ones_PLI, [prefix], examples, settings)
-    return topk_mask(grad_PLI[0].abs(), kept)
+    return grad_PLI[0].abs()
 
 
 def blocks(backbone: Backbone) -> list[Any]:
@@ -118,8 +117,8 @@ def blocks(backbone: Backbone) -> list[Any]:
 
 
 @torch.no_grad()
-def least_blocks(calibration: Calibration, removed: int) -> list[int]:
-    """The blocks whose output is most like their input, as many as come nearest to `removed` parameters."""
+def block_influence(calibration: Calibration) -> Tensor:
+    """How much each block changes what goes through it: the sum of 1 - cosine over all tokens, float64 [L]."""
     every = blocks(calibration.backbone)
     influence = torch.zeros(len(every), dtype=torch.float64)
 
@@ -138,7 +137,12 @@ def least_blocks(calibration: Calibration, removed: int) -> list[int]:
     finally:
         for each in hooks:
             each.remove()
-    size = sum(parameter.numel() for parameter in every[0].parameters())
+    return influence
+
+
+def least_blocks(backbone: Backbone, influence: Tensor, removed: int) -> list[int]:
+    """The blocks of least influence, as many as come nearest to `removed` parameters."""
+    size = sum(parameter.numel() for parameter in blocks(backbone)[0].parameters())
     return sorted(influence.argsort()[: max(round(removed / size), 1)].tolist())
 
 

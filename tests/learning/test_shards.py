@@ -1,5 +1,6 @@
 """Two real processes, each with half of the backbone (DeepSpeed ZeRO-3 over gloo), against one."""
 
+import dataclasses
 import multiprocessing
 import socket
 from typing import Any
@@ -12,11 +13,14 @@ from tiny_models import persona_data, save_tiny, tiny, tiny_config
 
 from persona_pruner.backbone.load import World, load_backbone
 from persona_pruner.config.load import check_config
+from persona_pruner.dataset import PersonaData
 from persona_pruner.learning.batches import MicroBatchConfig
 from persona_pruner.learning.callbacks import TrainingCallbacks
+from persona_pruner.learning.methods.one_pass import OnePass
 from persona_pruner.learning.outcome import Progress
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.manifest import Persona
+from persona_pruner.masks.weight_mask import WeightMask
 from persona_pruner.synthesis.rewrite.backbone import SelfRewriter
 from persona_pruner.synthesis.rewrite.base import Request
 from persona_pruner.synthesis.sensitivity import Sensitivity
@@ -24,6 +28,7 @@ from persona_pruner.synthesis.sources import Question, question_id
 
 NAMES = ["Ann", "Barbara"]
 FOREVER = 100_000
+ONE_PASS = ("activation", "wanda", "sparsegpt", "contrastive_wanda")
 PERSONAS = [Persona(name, f"{name}, a {'very ' * n}old sailor") for n, name in enumerate(("Ann", "Bo", "Cy"))]
 QUESTIONS = ["Why?", "What do you do in the morning, when nobody looks?", "3 + 4?"]
 
@@ -36,7 +41,7 @@ def _rank(path: str, rank: int, size: int, port: int, queue: Any, steps: int) ->
         queue.put((rank, "error", repr(error)))
 
 
-def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, Any, Any, Any, Any, Any]:
+def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[Any, ...]:
     from persona_pruner.evaluation.likelihood import heldout_loss
 
     config = tiny_config(path, steps=steps, rows_per_step=5, keep_scores=True)
@@ -46,6 +51,7 @@ def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, A
     gradient = _gradient(backbone) if steps != FOREVER else None
     scores = _scores(backbone) if steps != FOREVER else None
     answers = _answers(backbone) if steps != FOREVER else None
+    one_pass = _one_pass(backbone, *data) if steps != FOREVER else None
 
     class Tell(TrainingCallbacks):
         def report(self, progress: Progress) -> None:
@@ -55,7 +61,7 @@ def _learn(path: str, world: World, steps: int, queue: Any) -> tuple[int, Any, A
     outcomes = MaskTrainer(backbone, config).train(data, run_id="r", callbacks=Tell())
     loss = heldout_loss(backbone, config, data[0].description, data[0].heldout, None)
     arrays = [o.mask and (o.mask.keep_LI.numpy(), o.mask.scores_LI.numpy()) for o in outcomes]
-    return held, arrays, loss, gradient, scores, answers, _in_bfloat16(path, world, data)
+    return held, arrays, loss, gradient, scores, answers, _in_bfloat16(path, world, data), one_pass
 
 
 def _gradient(backbone: Any) -> tuple[Any, Any]:
@@ -86,6 +92,20 @@ def _in_bfloat16(path: str, world: World, data: Any) -> list[tuple[float, int]]:
     backbone = load_backbone(config.backbone.model_copy(update={"dtype": "bfloat16"}), world)
     outcomes = MaskTrainer(backbone, config).train(data, run_id="r")
     return [(o.mask.metadata.masked_loss, int(o.mask.keep_LI.sum())) for o in outcomes if o.mask]
+
+
+def _one_pass(backbone: Any, own: PersonaData, opposed: PersonaData) -> list[Any]:
+    """Bits of a mask by each of ONE_PASS; None on other ranks than 0."""
+    found = []
+    for method in ONE_PASS:
+        methods = OnePass(backbone, tiny_config(method=method, ratio=0.5))
+        (result,) = methods.train([dataclasses.replace(own, opposite=opposed)], run_id="r")
+        mask = result.mask
+        if isinstance(mask, WeightMask):
+            found.append(torch.cat([mask.keep(name).flatten() for name in sorted(mask.packed)]).numpy())
+        else:
+            found.append(mask and mask.keep_LI.numpy())
+    return found
 
 
 def _world(path: Any, size: int, steps: int = 15) -> tuple[list[Any], Any]:
@@ -142,7 +162,7 @@ def test_sensitivity_of_one_and_two_shards_equals_the_pairwise_formula(results, 
 
 
 def test_answers_of_two_shards_are_those_of_one_on_every_rank(results):
-    ((*_, whole, _),) = results[1]
+    whole = results[1][0][6]
     assert len({answer.text for answers in whole for answer in answers}) > len(PERSONAS)
     assert [answer[6] for answer in results[2]] == [whole, whole]
 
@@ -151,6 +171,14 @@ def test_bfloat16_and_recomputed_activations_work_on_shards(results):
     (two,), (one,) = ([answer[7] for answer in results[size] if answer[7]] for size in (2, 1))
     assert [kept for _, kept in two] == [kept for _, kept in one] == [3 * 32] * 2
     assert [loss for loss, _ in two] == pytest.approx([loss for loss, _ in one], rel=0.02)
+
+
+@pytest.mark.parametrize("number", range(len(ONE_PASS)), ids=ONE_PASS)
+def test_a_method_without_training_chooses_the_same_on_two_shards(results, number):
+    one, two = (results[size][0][8][number] for size in (1, 2))
+    assert (one == two).mean() >= 0.999
+    assert 0.4 < one.mean() < 0.6
+    assert results[2][1][8][number] is None
 
 
 def test_the_heldout_loss_is_the_same_on_every_rank(results):
