@@ -3,7 +3,16 @@
 import torch
 
 from persona_pruner.masks.format import Mask, MaskMetadata
+from persona_pruner.masks.weight_mask import WeightMask, WeightMaskMetadata, pack
 from persona_pruner.storage import keys
+
+MATRICES = {
+    f"model.layers.{layer}.{name}": shape
+    for layer in range(2)
+    for name, shape in (
+        ("self_attn.q_proj", (6, 20, 8)), ("mlp.up_proj", (30, 8, 3)), ("mlp.down_proj", (8, 30, 12)),
+    )
+}  # fmt: skip
 
 
 def mask(persona_id="ada", layers=3, channels=100, kept=40, seed=0, scores=False):
@@ -15,6 +24,20 @@ def mask(persona_id="ada", layers=3, channels=100, kept=40, seed=0, scores=False
         versions={"torch": "2"}, run_id="r",
     )  # fmt: skip
     return Mask(keep_LI, metadata, torch.rand(layers, channels).half() if scores else None)
+
+
+def weight_mask(persona_id="ada", seed=0, matrices=MATRICES, **metadata):
+    generator, packed = torch.Generator().manual_seed(seed), {}
+    for name, (rows, columns, kept) in matrices.items():
+        order = torch.rand(rows, columns, generator=generator).argsort(1)
+        packed[name] = pack(torch.zeros(rows, columns, dtype=torch.bool).scatter_(1, order[:, :kept], True))
+    return WeightMask(
+        packed,
+        WeightMaskMetadata(
+            persona_id=persona_id, persona_sha256="p", backbone="tiny", backbone_fingerprint="f" * 64, method="wanda",
+            ratio=0.6, seed=0, steps=0, run_id="r", matrices=matrices, **metadata,
+        ),
+    )  # fmt: skip
 
 
 def put_mask(storage, identity, persona, run_id=None, opposite_sha256=None):

@@ -58,15 +58,23 @@ def benchmark(
 
 
 @app.command()
-def report(output: OutputArgument) -> None:
+def report(
+    output: OutputArgument,
+    seeds: Annotated[str | None, typer.Option(help="Output of the same personas from another seed.")] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Compare descriptions by this transformers model, not by their words.")
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="The backbone, to count parameters and FLOPs.")] = None,
+) -> None:
     """Write report.html below the output: one file that opens in any browser, without a network."""
-    from persona_pruner.evaluation.report.render import write_report
+    from persona_pruner.evaluation.report.render import ReportOptions, write_report
     from persona_pruner.storage import keys
     from persona_pruner.storage.open import open_storage
 
-    storage = open_storage(output)
-    storage.check_readable(keys.MASKS)
-    say(f"{storage.url}/{write_report(storage)}")
+    storage, other = open_storage(output), open_storage(seeds) if seeds else None
+    for one in filter(None, (storage, other)):
+        one.check_readable(keys.MASKS)
+    say(f"{storage.url}/{write_report(storage, ReportOptions(other, embeddings, backbone))}")
 
 
 @app.command()

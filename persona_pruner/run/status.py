@@ -1,6 +1,7 @@
 """status.json: the document of a job's progress, written while it works, and read by `persona-pruner status`."""
 
 import json
+import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ def status_of(progress: "ProgressReporter") -> dict[str, Any]:
         "run_id": progress.run_id,
         "part": progress.part,
         "state": progress.state,
+        "host": socket.gethostname(),
         "since": progress.since,
         "updated": datetime.now(UTC).isoformat(timespec="seconds"),
         "personas": progress.total,

@@ -3,6 +3,7 @@ import hashlib
 import pytest
 import torch
 from mask_examples import mask
+from mask_examples import weight_mask as example
 from safetensors.torch import load
 
 from persona_pruner.errors import MaskError
@@ -10,7 +11,7 @@ from persona_pruner.masks.catalog import build_catalog
 from persona_pruner.masks.format import Mask
 from persona_pruner.masks.header import seal, to_header
 from persona_pruner.masks.store import MaskStore
-from persona_pruner.masks.weight_mask import WeightMask, WeightMaskMetadata, pack, read_mask, unpack
+from persona_pruner.masks.weight_mask import WeightMask, pack, read_mask, unpack
 from persona_pruner.storage import keys
 from persona_pruner.storage.open import open_storage
 
@@ -18,17 +19,7 @@ SHAPES = {"layers.0.q_proj": (6, 20, 8), "layers.0.up_proj": (3, 8, 3)}
 
 
 def weight_mask(persona_id="ada", seed=0, **metadata):
-    generator, packed = torch.Generator().manual_seed(seed), {}
-    for name, (rows, columns, kept) in SHAPES.items():
-        order = torch.rand(rows, columns, generator=generator).argsort(1)
-        packed[name] = pack(torch.zeros(rows, columns, dtype=torch.bool).scatter_(1, order[:, :kept], True))
-    return WeightMask(
-        packed,
-        WeightMaskMetadata(
-            persona_id=persona_id, persona_sha256="p", backbone="tiny", backbone_fingerprint="f" * 64, method="wanda",
-            ratio=0.6, seed=0, steps=0, run_id="r", matrices=SHAPES, **metadata,
-        ),
-    )  # fmt: skip
+    return example(persona_id, seed, SHAPES, **metadata)
 
 
 def test_round_trip_and_the_same_mask_has_the_same_bytes():

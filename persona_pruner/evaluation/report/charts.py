@@ -11,8 +11,12 @@ from persona_pruner.evaluation.report.data import PersonaFigures
 from persona_pruner.evaluation.statistics import Estimate
 
 HEAT_PERSONAS = 40
-METHODS = ["unpruned", "own", "global", "other", "baseline", "activation", "magnitude", "random"]
-PALETTE = ["#8c8c8c", "#2f7ed8", "#f08c2e", "#c9485b", "#7a5cc0", "#7a5cc0", "#3c9d71", "#a07a3c"]
+COLORS = {
+    "unpruned": "#8c8c8c", "own": "#2f7ed8", "global": "#f08c2e", "other": "#c9485b", "activation": "#7a5cc0",
+    "magnitude": "#3c9d71", "random": "#a07a3c",
+}  # fmt: skip
+FURTHER = ("#b25fb5", "#4aa3a2", "#d18ca4", "#7f8f3a", "#5d6fb0", "#b0713f")
+"""Of methods without a colour of their own."""
 
 Spec = dict[str, Any]
 
@@ -24,7 +28,7 @@ def comparison(estimates: Mapping[str, Mapping[str, Estimate]], title: str) -> S
         for panel, by_method in estimates.items()
         for method, one in by_method.items()
     ]
-    order = [name for name in METHODS if any(row["method"] == name for row in rows)]
+    order = _order({str(row["method"]) for row in rows})
     base = alt.Chart(alt.Data(values=rows)).encode(
         y=alt.Y("method:N", sort=order, title=None), color=alt.Color("method:N", scale=_colors(order), legend=None)
     )
@@ -35,6 +39,31 @@ def comparison(estimates: Mapping[str, Mapping[str, Estimate]], title: str) -> S
     )  # fmt: skip
     layered = alt.layer(bars, points).properties(width="container", height=26 * len(order))
     return _spec(layered)
+
+
+def turns(table: Mapping[str, Any], measure: str, title: str) -> Spec:
+    """A measure of conversations turn by turn. `table` has the columns turn, arm and the measure; gaps are left out."""
+    rows = [
+        {"turn": row["turn"], "method": row["arm"], "value": round(row[measure], 4)}
+        for cells in table["rows"]
+        if (row := dict(zip(table["columns"], cells, strict=False))).get(measure) is not None
+    ]
+    chart = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("turn:Q", title="turn", axis=alt.Axis(tickMinStep=1, format="d")),
+            y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
+            color=alt.Color(
+                "method:N",
+                scale=_colors({row["method"] for row in rows}),
+                legend=alt.Legend(title=None, orient="top"),
+            ),
+            tooltip=["method:N", "turn:Q", alt.Tooltip("value:Q", format=".3f")],
+        )
+        .properties(width="container", height=220)
+    )
+    return _spec(chart)
 
 
 def distribution(personas: Sequence[PersonaFigures], text: str) -> Spec:
@@ -117,11 +146,15 @@ def persona_map(overlap: Overlap, names: Sequence[str], losses: Mapping[str, flo
     return _spec(chart.properties(width="container", height=340))
 
 
-def layers(overlap: Overlap, kept_L: Sequence[float]) -> Spec:
-    """Layer by layer: overlap of all pairs, and the share of channels that masks keep."""
+def layers(overlap: Overlap) -> Spec:
+    """Layer by layer: how far the masks of two personas are apart, and the share that masks keep."""
+    figures = {
+        **{f"distance of two masks, {kind}": values for kind, values in overlap.distances.items()},
+        **{f"kept, {kind}": values for kind, values in overlap.kept.items()},
+    }
     rows = [
         {"layer": layer, "value": round(float(value), 4), "what": what}
-        for what, values in (("overlap of pairs", overlap.layers_L), ("channels kept", kept_L))
+        for what, values in figures.items()
         for layer, value in enumerate(values)
     ]
     chart = (
@@ -130,7 +163,7 @@ def layers(overlap: Overlap, kept_L: Sequence[float]) -> Spec:
         .encode(
             x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d")),
             y=alt.Y("value:Q", title=None, scale=alt.Scale(domain=[0, 1])),
-            color=alt.Color("what:N", legend=alt.Legend(title=None, orient="top")),
+            color=alt.Color("what:N", legend=alt.Legend(title=None, orient="top", columns=1)),
             tooltip=["what:N", "layer:Q", alt.Tooltip("value:Q", format=".3f")],
         )
         .properties(width="container", height=200)
@@ -155,10 +188,17 @@ def _binned(rows: Sequence[Mapping[str, Any]], bins: int = 24) -> list[dict[str,
     return counted
 
 
+def _order(methods: Collection[str]) -> list[str]:
+    """The same order in every chart."""
+    return [*(name for name in COLORS if name in methods), *sorted(set(methods) - set(COLORS))]
+
+
 def _colors(methods: Collection[str]) -> alt.Scale:
     """The same colour for a method in every chart."""
-    shown = [(name, color) for name, color in zip(METHODS, PALETTE, strict=True) if name in methods]
-    return alt.Scale(domain=[name for name, _ in shown], range=[color for _, color in shown])
+    order = _order(methods)
+    others = [name for name in order if name not in COLORS]
+    colors = COLORS | {name: FURTHER[number % len(FURTHER)] for number, name in enumerate(others)}
+    return alt.Scale(domain=order, range=[colors[name] for name in order])
 
 
 def _spec(chart: Any) -> Spec:

@@ -1,27 +1,34 @@
 """What a report shows, read from an output: the run, every mask, the comparison, the evaluation, failures, costs."""
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from persona_pruner.errors import MaskError, StorageError, UserError
 from persona_pruner.evaluation.answers import ARMS
 from persona_pruner.evaluation.judge import judged
+from persona_pruner.evaluation.overlap import SharedCounts, count_shared, shape_of
 from persona_pruner.evaluation.summary import by_arm, read_answers, stored_losses
 from persona_pruner.learning.pooled import pooled_sample
 from persona_pruner.masks.catalog import mask_objects
 from persona_pruner.masks.format import Mask
 from persona_pruner.masks.store import read_evaluation
+from persona_pruner.masks.weight_mask import WeightMask, read_mask
 from persona_pruner.storage import keys
-from persona_pruner.storage.base import NotFoundError, Storage
+from persona_pruner.storage.base import NotFoundError, ObjectInfo, Storage
 
 MAP_PERSONAS = 300
 """Masks whose overlap is computed, at most; drawn by their ids."""
+MAP_BYTES = 2**31
+"""Those masks together, at most: masks of single weights are large."""
+READ_BYTES = 2**28
+"""Masks that are read at once, beyond one."""
 ANSWER_BYTES = 6_000_000
 """Sample answers that a report carries, at most; the personas that lost most come first."""
 ANSWER_CHARACTERS = 600
@@ -35,13 +42,18 @@ class PersonaFigures:
     id: str
     description: str
     kept: float
-    """Share of the FFN channels that its mask keeps."""
+    """Share of the FFN channels (or weights) that its mask keeps."""
     bytes: int
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     measures: dict[str, dict[str, float | None]] = field(default_factory=dict)
     columns: dict[str, Any] = field(default_factory=dict)
     """Of the catalog's evaluation columns."""
     error: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Of the mask's header: method, ratio, steps, held-out losses unpruned and masked; of the tuning after it, if there
+    was one, `tuned_before` and `tuned_after`."""
+    of_weights: bool = False
+    """Whether its mask is one of single weights."""
 
     @property
     def loss(self) -> float:
@@ -57,17 +69,21 @@ class ReportData:
     url: str
     run: dict[str, Any]
     """run.json; empty where masks were pulled or imported."""
-    status: dict[str, Any]
+    statuses: list[dict[str, Any]]
+    """Of the last jobs: one, or one for each part of the manifest."""
     personas: list[PersonaFigures]
     """Those that lost most first."""
     answers: dict[str, list[dict[str, Any]]]
     """By persona: questions, each with the answer of every arm."""
     sample: list[str]
-    """Personas whose masks are in `keep_PLI` (bool)."""
-    keep_PLI: np.ndarray
+    """Personas whose masks are compared."""
+    shared: SharedCounts | None
+    """Of their masks; None where there are not two of one shape."""
     errors: list[dict[str, Any]]
-    others: dict[str, Any] = field(default_factory=dict)
-    """Further documents below evaluation/, such as benchmarks and judges' costs, by name."""
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Stored tables by name (benchmarks, costs of judges, ...), each with `columns` and `rows`."""
+    software: dict[str, str] = field(default_factory=dict)
+    """Versions that the masks were made with."""
 
 
 def read_report_data(storage: Storage, connections: int = 16) -> ReportData:
@@ -75,53 +91,108 @@ def read_report_data(storage: Storage, connections: int = 16) -> ReportData:
     objects = mask_objects(storage)
     if not objects:
         raise UserError(f"{storage.url}: holds no mask to report on")
-    sample = set(pooled_sample(list(objects), MAP_PERSONAS))
-    losses, evaluated = stored_losses(storage), read_evaluation(storage)
-    columns = {row["persona_id"]: row for row in evaluated.to_pylist()} if evaluated is not None else {}
-    errors = _documents(storage, keys.ERRORS)
-    faults = {error["persona_id"]: error["message"] for error in errors}
+    sample = _sample(objects)
+    columns, errors = _columns(storage), _documents(storage, keys.ERRORS, connections)
+    losses, faults = stored_losses(storage), {error["persona_id"]: error["message"] for error in errors}
+    tuned = {keys.persona_of(key, keys.RECOVERED): one for key, one in _read(storage, keys.RECOVERED, connections)}
     figures: dict[str, PersonaFigures] = {}
-    keeps: dict[str, np.ndarray] = {}
-    for persona_id, mask in _masks(storage, {name: item.key for name, item in objects.items()}, connections):
-        kept = float(np.mean(mask.metadata.kept)) / mask.metadata.channels
-        description = mask.metadata.persona_description
+    sampled: dict[str, Mask | WeightMask] = {}
+    software: dict[str, str] = {}
+    for persona_id, mask in _masks(storage, objects, connections):
         figures[persona_id] = PersonaFigures(
-            persona_id, description, kept, objects[persona_id].size, losses.get(persona_id, {}), {},
-            {name: value for name, value in columns.get(persona_id, {}).items() if name != "persona_id"},
-            faults.get(persona_id, ""),
+            persona_id, mask.metadata.persona_description, _kept(mask), objects[persona_id].size,
+            losses.get(persona_id, {}), {}, columns.get(persona_id, {}), faults.get(persona_id, ""),
+            _training(mask, tuned.get(persona_id, {})), isinstance(mask, WeightMask),
         )  # fmt: skip
+        software |= mask.metadata.versions
         if persona_id in sample:
-            keeps[persona_id] = mask.keep_LI.numpy()
+            sampled[persona_id] = mask
+    if not figures:
+        raise UserError(f"{storage.url}: none of its {len(objects)} masks verifies; see persona-pruner verify")
     answers = _answers(storage, figures, connections)
     ordered = sorted(figures.values(), key=lambda one: (-one.loss, one.id))
-    names = _same_shape(keeps)
-    keep_PLI = np.stack([keeps[name] for name in names]) if names else np.zeros((0, 0, 0), bool)
-    documents = {name: _document(storage, f"{keys.EVALUATION_TABLES}{name}.json") for name in ("benchmarks", "costs")}
+    sampled = _same_shape(sampled)
+    shared = count_shared(list(sampled.values())) if len(sampled) > 1 else None
+    tables = {key.rpartition("/")[2].removesuffix(".json"): one for key, one in _read(storage, keys.EVALUATION_TABLES)}
     return ReportData(
-        storage.url, _document(storage, keys.RUN), _document(storage, keys.STATUS), ordered,
-        _fitting(answers, ordered), names, keep_PLI, errors, {name: one for name, one in documents.items() if one},
+        storage.url, _document(storage, keys.RUN), _documents(storage, keys.STATUS.removesuffix(".json")), ordered,
+        _fitting(answers, ordered), list(sampled), shared, errors, tables, software,
     )  # fmt: skip
 
 
-def _masks(storage: Storage, mask_keys: Mapping[str, str], connections: int) -> Iterator[tuple[str, Mask]]:
-    """Masks that verify, a block at a time."""
+def _columns(storage: Storage) -> dict[str, dict[str, Any]]:
+    """The catalog's evaluation columns by persona."""
+    evaluated = read_evaluation(storage)
+    rows = evaluated.to_pylist() if evaluated is not None else []
+    return {row.pop("persona_id"): row for row in rows}
 
-    def read(entry: tuple[str, str]) -> tuple[str, Mask] | None:
+
+def _training(mask: Mask | WeightMask, tuned: Mapping[str, Any]) -> dict[str, Any]:
+    header = mask.metadata
+    values = {
+        "method": header.method, "ratio": header.ratio, "steps": header.steps, "unpruned": header.unpruned_loss,
+        "masked": header.masked_loss, "tuned_before": tuned.get("loss_before"), "tuned_after": tuned.get("loss_after"),
+    }  # fmt: skip
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_both(storage: Storage, other: Storage, persona_ids: Sequence[str], connections: int = 16) -> SharedCounts:
+    """Of the masks that both outputs have of these personas: all of `storage`'s, then all of the other's.
+
+    Raises UserError where they do not have two of one shape.
+    """
+    masks = []
+    for one in (storage, other):
+        objects = mask_objects(one)
+        wanted = {name: objects[name] for name in persona_ids if name in objects}
+        masks.append(dict(_masks(one, wanted, connections)))
+    common = {name: mask for name, mask in masks[0].items() if name in masks[1]}
+    first = _same_shape({name: mask for name, mask in common.items() if shape_of(mask) == shape_of(masks[1][name])})
+    if len(first) < 2:
+        raise UserError(f"{other.url}: has no masks of two personas of {storage.url} in the same shape")
+    return count_shared([*first.values(), *(masks[1][name] for name in first)])
+
+
+def _sample(objects: Mapping[str, ObjectInfo]) -> set[str]:
+    """Whose masks are compared."""
+    drawn = pooled_sample(list(objects), MAP_PERSONAS)
+    totals = itertools.accumulate(objects[name].size for name in drawn)
+    return {
+        name for number, (name, total) in enumerate(zip(drawn, totals, strict=True)) if number < 2 or total < MAP_BYTES
+    }
+
+
+def _masks(
+    storage: Storage, objects: Mapping[str, ObjectInfo], connections: int
+) -> Iterator[tuple[str, Mask | WeightMask]]:
+    """Masks that verify, in order of their ids, as many at a time as memory takes."""
+
+    def read(entry: tuple[str, ObjectInfo]) -> tuple[str, Mask | WeightMask] | None:
         try:
-            return entry[0], Mask.from_bytes(storage.get(entry[1]), entry[1])
+            return entry[0], read_mask(storage.get(entry[1].key), entry[1].key)
         except (MaskError, StorageError):
             return None
 
-    entries = sorted(mask_keys.items())
+    entries = sorted(objects.items())
+    largest = max((item.size for item in objects.values()), default=1)
+    block = max(1, min(16 * connections, READ_BYTES // largest))
     with ThreadPoolExecutor(connections) as pool:
-        for start in range(0, len(entries), 16 * connections):
-            yield from (one for one in pool.map(read, entries[start : start + 16 * connections]) if one)
+        for start in range(0, len(entries), block):
+            yield from (one for one in pool.map(read, entries[start : start + block]) if one)
 
 
-def _same_shape(keeps: Mapping[str, np.ndarray]) -> list[str]:
-    """Personas whose masks can be compared: those of the most frequent shape."""
-    shapes = [keep.shape for keep in keeps.values()]
-    return sorted(name for name, keep in keeps.items() if keep.shape == max(set(shapes), key=shapes.count))
+def _kept(mask: Mask | WeightMask) -> float:
+    if isinstance(mask, Mask):
+        return sum(mask.metadata.kept) / (mask.metadata.layers * mask.metadata.channels)
+    matrices = mask.metadata.matrices.values()
+    return sum(rows * kept for rows, _, kept in matrices) / sum(rows * columns for rows, columns, _ in matrices)
+
+
+def _same_shape(masks: Mapping[str, Mask | WeightMask]) -> dict[str, Mask | WeightMask]:
+    """Those that can be compared: of the most frequent shape."""
+    shapes = {name: shape_of(mask) for name, mask in masks.items()}
+    usual = Counter(shapes.values()).most_common(1)
+    return {name: mask for name, mask in masks.items() if shapes[name] == usual[0][0]}
 
 
 def _answers(storage: Storage, figures: dict[str, PersonaFigures], connections: int) -> dict[str, list[dict[str, Any]]]:
@@ -171,5 +242,13 @@ def _document(storage: Storage, key: str) -> dict[str, Any]:
         return {}
 
 
-def _documents(storage: Storage, prefix: str) -> list[dict[str, Any]]:
-    return [document for item in storage.list(prefix) if (document := _document(storage, item.key))]
+def _documents(storage: Storage, prefix: str, connections: int = 16) -> list[dict[str, Any]]:
+    return [document for _, document in _read(storage, prefix, connections)]
+
+
+def _read(storage: Storage, prefix: str, connections: int = 16) -> list[tuple[str, dict[str, Any]]]:
+    """Key and content of each JSON object below `prefix`."""
+    found = [item.key for item in storage.list(prefix)]
+    with ThreadPoolExecutor(connections) as pool:
+        documents = pool.map(lambda key: _document(storage, key), found)
+        return [(key, document) for key, document in zip(found, documents, strict=True) if document]

@@ -1,48 +1,76 @@
 """One HTML file that opens without a network: figures as tables, charts by Vega inlined, personas found by typing."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from persona_pruner.errors import UserError
-from persona_pruner.evaluation.report.data import PersonaFigures, ReportData, read_report_data
-from persona_pruner.evaluation.statistics import Estimate, Headline, headline, mean_estimate
+from persona_pruner.evaluation.overlap import (
+    Overlap,
+    SeedAgreement,
+    across_seeds,
+    description_similarity,
+    embedding_similarity,
+    overlap,
+)
+from persona_pruner.evaluation.report.data import ReportData, read_both, read_report_data
+from persona_pruner.evaluation.report.efficiency import BackboneCosts, EfficiencyRow, backbone_costs, efficiency_rows
+from persona_pruner.evaluation.report.figures import MEASURES, TEXTS, figures_of
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
 
-BASELINES = ("global", "activation", "magnitude", "random")
-TEXTS = {
-    "conversations": "real conversations of the personas",
-    "answers": "held-out questions answered in their voice",
-    "conversations, persona tokens": "the same conversations, only the tokens that the description decides",
-    "answers, persona tokens": "the same answers, only the tokens that the description decides",
-}
-MEASURES = {
-    "first": "in character: own description ranks first",
-    "rank": "rank of the own description",
-    "own_loss": "loss of the answer under its own prompt, unpruned (nats per token)",
-    "similarity": "similarity to the unpruned answer",
-    "ended": "answers that end",
-    "words": "words",
-    "repetition": "repeated 4-grams",
-    "distinct_2": "distinct-2",
+TURN_TITLES = {
     "judge_consistency": "judge: consistency (0 to 100)",
     "judge_coherence": "judge: coherence (0 to 100)",
-    "preferred": "judge: pairs that the own mask's answer wins against this arm",
+    "first": "in character: own description ranks first",
+    "own_loss": "loss of the reply (nats per token)",
+    "repetition": "4-grams that the speaker has said before",
 }
+"""Measures of conversations that are plotted over their turns."""
+PLACED = ("benchmarks", "turns", "abilities")
+"""Tables that have a place of their own; others are shown as they are."""
 
 
-def write_report(storage: Storage, connections: int = 16) -> str:
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a report may look at beside the output."""
+
+    seeds: Storage | None = None
+    """An output of the same personas, run with another seed."""
+    embeddings: str | None = None
+    """A transformers model that embeds descriptions; without one their words are compared."""
+    backbone: str | None = None
+    """The backbone, whose configuration says how many parameters and FLOPs there are."""
+
+
+@dataclass(frozen=True)
+class Aside:
+    """What was looked up beside the output, as ReportOptions say."""
+
+    seeds: SeedAgreement | None = None
+    embeddings: str | None = None
+    costs: BackboneCosts | None = None
+
+
+def write_report(storage: Storage, options: ReportOptions = ReportOptions(), connections: int = 16) -> str:
     """Make the report from what is stored, and store it. Returns its key. Raises UserError, StorageError."""
-    storage.put(keys.REPORT, render(read_report_data(storage, connections)).encode())
+    costs = backbone_costs(options.backbone) if options.backbone else None
+    data = read_report_data(storage, connections)
+    seeds = None
+    if options.seeds is not None:
+        seeds = across_seeds(read_both(storage, options.seeds, data.sample, connections))
+    storage.put(keys.REPORT, render(data, Aside(seeds, options.embeddings, costs)).encode())
     return keys.REPORT
 
 
-def render(data: ReportData) -> str:
-    """The page. Raises UserError where the extra `report` is not installed."""
+def render(data: ReportData, aside: Aside = Aside()) -> str:
+    """The page. Raises UserError where the extra `report` is not installed, or `embeddings` is no model."""
     try:
         import scipy  # noqa: F401
         import vl_convert
@@ -53,115 +81,91 @@ def render(data: ReportData) -> str:
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string((files(__package__) / "report.html.jinja").read_text(encoding="utf-8"))
+    template.globals["figure"] = figure
     bundle: Any = vl_convert.javascript_bundle
-    losses = _losses(data.personas)
-    measures = _measures(data.personas)
-    masks = _masks(data, charts)
+    figures = figures_of(data)
+    masks = _masks(data, charts, aside.embeddings)
     specs = masks.pop("charts")
-    for text, by_method in losses.items():
+    for text, by_method in figures.losses.items():
         specs[f"losses-{text}"] = charts.comparison({text: by_method}, "nats per token")
         specs[f"distribution-{text}"] = charts.distribution(data.personas, text)
+    turns = _turns(data.tables.get("turns", {}))
+    for name in turns:
+        specs[f"turns-{name}"] = charts.turns(data.tables["turns"], name, turns[name])
     return template.render(
-        data=data, losses=losses, measures=measures, measure_names=MEASURES, texts=TEXTS, masks=masks,
-        headlines=_headlines(data.personas), settings=_settings(data.run), phases=_phases(data.status),
-        worst=[one for one in data.personas if one.loss > float("-inf")][:12], kept=_kept(data.personas),
+        data=data, seeds=aside.seeds, figures=figures, measure_names=MEASURES, texts=TEXTS, masks=masks, turns=turns,
+        efficiency=_efficiency(data, aside.costs), causes=Counter(error.get("cause", "") for error in data.errors),
+        others={name: one for name, one in data.tables.items() if name not in PLACED and one.get("rows")},
+        weights=any(one.of_weights for one in data.personas),
+        worst=[one for one in data.personas if one.loss > float("-inf")][:12],
         vega=bundle(), specs=_script_json(specs), payload=_script_json(_payload(data)),
     )  # fmt: skip
 
 
-def _losses(personas: Sequence[PersonaFigures]) -> dict[str, dict[str, Estimate]]:
-    """Mean losses by text and method, of the personas that have that text."""
-    estimates: dict[str, dict[str, Estimate]] = {}
-    for text in TEXTS:
-        rows = [one.losses[text] for one in personas if text in one.losses]
-        methods = [name for name in (rows[0] if rows else ()) if all(name in row for row in rows)]
-        if rows:
-            estimates[text] = {name: mean_estimate([row[name] for row in rows]) for name in methods}
-    return estimates
+def figure(value: float) -> str:
+    """For people: 1,234 or 0.123, and 1.23 M or 4.56 G above a million."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if abs(value) >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3f}"
 
 
-def _measures(personas: Sequence[PersonaFigures]) -> dict[str, dict[str, Estimate]]:
-    """Means of the answers' measures, by measure and arm."""
-    estimates: dict[str, dict[str, Estimate]] = {}
-    for name in MEASURES:
-        by_arm: dict[str, list[float]] = {}
-        for one in personas:
-            for arm, values in one.measures.items():
-                if (value := values.get(name)) is not None:
-                    by_arm.setdefault(arm, []).append(value)
-        if by_arm:
-            estimates[name] = {arm: mean_estimate(values) for arm, values in by_arm.items()}
-    return estimates
+def _turns(table: Mapping[str, Any]) -> dict[str, str]:
+    """Title of each measure that the conversations have."""
+    at = {name: number for number, name in enumerate(table.get("columns", ()))}
+    return {
+        name: title
+        for name, title in TURN_TITLES.items()
+        if name in at and any(row[at[name]] is not None for row in table["rows"])
+    }
 
 
-def _headlines(personas: Sequence[PersonaFigures]) -> list[tuple[str, Headline]]:
-    """Of judges where there are any, and of losses."""
-    found = []
-    for name in ("judge_consistency", "judge_coherence", "first"):
-        rows = [{arm: values.get(name) for arm, values in one.measures.items()} for one in personas if one.measures]
-        complete = [row for row in rows if all(value is not None for value in row.values())]
-        one = headline(complete, ("global", "baseline"), higher_is_better=True) if complete else None  # type: ignore[arg-type]
-        if one is not None:
-            found.append((MEASURES[name], one))
-    for text, title in TEXTS.items():
-        one = headline(
-            [person.losses[text] for person in personas if text in person.losses], BASELINES, higher_is_better=False
-        )
-        if one is not None:
-            found.append((f"loss on {title}", one))
-    return found
+def _efficiency(data: ReportData, costs: BackboneCosts | None) -> list[EfficiencyRow]:
+    channels = [one for one in data.personas if not one.of_weights]
+    if costs is None or not channels:
+        return []
+    return efficiency_rows(costs, [one.kept for one in channels], [one.bytes for one in channels])
 
 
-def _masks(data: ReportData, charts: Any) -> dict[str, Any]:
-    """Figures and charts of what masks share; empty with fewer than two that can be compared."""
-    if len(data.sample) < 2:
+def _masks(data: ReportData, charts: Any, embeddings: str | None) -> dict[str, Any]:
+    """Figures and charts of what masks share; no more than no charts with fewer than two that can be compared."""
+    if data.shared is None:
         return {"charts": {}}
-    from persona_pruner.evaluation.overlap import overlap
-
     by_id = {one.id: one for one in data.personas}
-    shared = overlap(data.keep_PLI, [by_id[name].description for name in data.sample])
+    descriptions = [by_id[name].description for name in data.sample]
+    similarity = embedding_similarity(descriptions, embeddings) if embeddings else description_similarity(descriptions)
+    shared = overlap(data.shared, similarity)
     losses = {name: by_id[name].loss for name in data.sample}
     return {
         "charts": {
             "heat": charts.heat_map(shared, data.sample),
             "map": charts.persona_map(shared, data.sample, losses),
-            "layers": charts.layers(shared, data.keep_PLI.mean((0, 2))),
+            "layers": charts.layers(shared),
         },
         "personas": len(data.sample),
         "common": shared.common,
         "descriptions": shared.descriptions,
-        "clusters": int(shared.cluster_P.max()),
+        "compared": f"their embeddings by {embeddings}" if embeddings else "their words (TF-IDF)",
+        "silhouette": shared.silhouette,
+        "clusters": _clusters(shared, data.sample),
+        "kinds": {
+            kind: (float(values.mean()), int(values.argmax()), float(values.max()))
+            for kind, values in shared.distances.items()
+        },
     }
 
 
-def _kept(personas: Sequence[PersonaFigures]) -> dict[str, float]:
-    return {
-        "channels": sum(one.kept for one in personas) / len(personas),
-        "bytes": sum(one.bytes for one in personas) / len(personas),
-        "total": sum(one.bytes for one in personas),
-    }
-
-
-def _settings(run: Mapping[str, Any]) -> dict[str, str]:
-    """What whoever reads a report asks first, of run.json."""
-    if not run:
-        return {}
-    settings = run.get("settings", {})
-    learning, synthesis = settings.get("learning", {}), settings.get("synthesis", {})
-    rewrite = synthesis.get("rewrite", {})
-    backbone = run.get("backbone", {})
-    values = {
-        "run": run.get("run_id"), "backbone": backbone.get("name"), "fingerprint": backbone.get("fingerprint", "")[:16],
-        "dtype": settings.get("backbone", {}).get("dtype"), "ratio": learning.get("ratio"),
-        "steps": learning.get("steps"), "start": learning.get("init"), "optimizer": learning.get("optimizer"),
-        "budget": learning.get("budget"), "answers by": rewrite.get("model") or rewrite.get("backend"),
-        "questions selected": synthesis.get("select", {}).get("k"), "seed": learning.get("seed"),
-    }  # fmt: skip
-    return {name: str(value) for name, value in values.items() if value not in (None, "")}
-
-
-def _phases(status: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [phase for phase in status.get("phases", []) if phase.get("total")]
+def _clusters(shared: Overlap, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Largest first, each with the personas that share most with the others of it in front."""
+    clusters = []
+    for number in sorted(set(shared.cluster_P.tolist())):
+        members = np.flatnonzero(shared.cluster_P == number)
+        inside = shared.jaccard_PP[np.ix_(members, members)]
+        others = len(members) - 1
+        mean_P = (inside.sum(1) - 1) / max(others, 1)
+        ordered = [names[members[at]] for at in np.argsort(-mean_P, kind="stable")]
+        clusters.append({"personas": ordered, "overlap": float(mean_P.mean()) if others else None})
+    return sorted(clusters, key=lambda one: -len(one["personas"]))
 
 
 def _payload(data: ReportData) -> list[dict[str, Any]]:
@@ -171,14 +175,18 @@ def _payload(data: ReportData) -> list[dict[str, Any]]:
             "id": one.id, "description": one.description[:1200], "kept": round(one.kept, 4), "bytes": one.bytes,
             "losses": {text: _rounded(values) for text, values in one.losses.items()},
             "measures": {arm: _rounded(values) for arm, values in one.measures.items()},
-            "error": one.error, "answers": data.answers.get(one.id, []),
+            "error": one.error, "training": _rounded(one.training), "answers": data.answers.get(one.id, []),
         }
         for one in data.personas
     ]  # fmt: skip
 
 
-def _rounded(values: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in values.items() if value is not None}
+def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: round(value, 3) if isinstance(value, float) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def _script_json(value: Any) -> str:

@@ -2,12 +2,12 @@ import json
 
 import pyarrow as pa
 import pytest
-from mask_examples import mask
+from mask_examples import mask, weight_mask
 
 from persona_pruner.errors import UserError
 from persona_pruner.evaluation.answers import store_rows
 from persona_pruner.evaluation.report import data
-from persona_pruner.evaluation.report.data import read_report_data
+from persona_pruner.evaluation.report.data import read_both, read_report_data
 from persona_pruner.evaluation.summary import COLUMNS, store_summary
 from persona_pruner.storage import keys
 from persona_pruner.storage.open import open_storage
@@ -57,14 +57,57 @@ def test_everything_is_found_and_who_lost_most_comes_first(output):
             for question in ("Why?", "Who?")
         ]
     }  # fmt: skip
-    assert found.keep_PLI.shape == (3, 3, 100)
+    assert found.sample == ["ada", "bo", "cy"]
+    assert found.shared.both_GPP.shape == (3, 3, 3)
     assert [error["persona_id"] for error in found.errors] == ["dee"]
-    assert found.run == found.status == {}
+    assert found.run == {}
+    assert found.statuses == []
+    assert found.software == {"torch": "2"}
+    assert bo.training == {"method": "ste", "ratio": 0.6, "steps": 5, "masked": 1.25}
+
+
+def test_tables_statuses_of_parts_and_tunings_are_found(output):
+    output.put(f"{keys.EVALUATION_TABLES}turns.json", b'{"columns": ["turn"], "rows": [[1]]}')
+    for part in ("", "part-1-of-2"):
+        output.put(keys.status(part), json.dumps({"part": part}).encode())
+    output.put(keys.recovered("ada"), b'{"loss_before": 2.0, "loss_after": 1.5}')
+    found = read_report_data(output)
+    assert found.tables == {"turns": {"columns": ["turn"], "rows": [[1]]}}
+    assert sorted(status["part"] for status in found.statuses) == ["", "part-1-of-2"]
+    ada = {one.id: one for one in found.personas}["ada"]
+    assert (ada.training["tuned_before"], ada.training["tuned_after"]) == (2.0, 1.5)
 
 
 def test_a_mask_that_does_not_verify_is_left_out(output):
     output.put(keys.mask("ada"), output.get(keys.mask("ada"))[:-1] + b"?")
     assert [one.id for one in read_report_data(output).personas] == ["bo", "cy"]
+
+
+def test_masks_of_single_weights_are_read_and_compared_among_themselves(output):
+    output.delete(keys.mask("cy"))
+    for seed, persona_id in enumerate(("dot", "eve", "flo")):
+        output.put(keys.mask(persona_id), weight_mask(persona_id, seed=seed).to_bytes())
+    found = read_report_data(output)
+    assert {one.id: one.kept for one in found.personas}["dot"] == pytest.approx((6 * 8 + 30 * 3 + 8 * 12) / 600)
+    assert found.sample == ["dot", "eve", "flo"]
+    assert {kind for _, kind in found.shared.groups} == {"attention", "FFN"}
+
+
+def test_two_runs_are_compared_over_the_personas_that_both_have(output, tmp_path):
+    other = open_storage(tmp_path / "other")
+    for seed, persona_id in enumerate(("bo", "cy", "gus"), 10):
+        other.put(keys.mask(persona_id), mask(persona_id, seed=seed).to_bytes())
+    assert read_both(output, other, ["ada", "bo", "cy"]).both_GPP.shape == (3, 4, 4)
+    other.put(keys.mask("cy"), mask("cy", layers=2).to_bytes())
+    with pytest.raises(UserError, match=r"has no masks of two personas of .* in the same shape"):
+        read_both(output, other, ["ada", "bo", "cy"])
+
+
+def test_an_output_whose_masks_do_not_verify_is_told(tmp_path):
+    storage = open_storage(tmp_path)
+    storage.put(keys.mask("ada"), b"no mask")
+    with pytest.raises(UserError, match="none of its 1 masks verifies"):
+        read_report_data(storage)
 
 
 def test_sample_answers_stop_at_their_size(output, monkeypatch):

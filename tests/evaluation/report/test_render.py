@@ -2,19 +2,40 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from mask_examples import mask
 
 pytest.importorskip("vl_convert", reason="the extra `report` is not installed")
+from persona_pruner.evaluation.overlap import SharedCounts
 from persona_pruner.evaluation.report.data import PersonaFigures, ReportData
-from persona_pruner.evaluation.report.render import render, write_report
+from persona_pruner.evaluation.report.efficiency import BackboneCosts
+from persona_pruner.evaluation.report.render import Aside, ReportOptions, render, write_report
 from persona_pruner.storage import keys
 from persona_pruner.storage.open import open_storage
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+TABLES = {
+    "benchmarks": {
+        "columns": ["task", "metric", "arm", "questions", "value", "standard error"],
+        "rows": [["mmlu", "acc", arm, 200, value, 0.03] for arm, value in
+                 (("unpruned", 0.4), ("persona-0001", 0.3), ("persona-0002", 0.35))],
+    },
+    "turns": {
+        "columns": ["turn", "arm", "personas", "first", "rank", "judge_consistency"],
+        "rows": [[turn, arm, 6, 0.9 - turn / 50, 1.5, None] for turn in range(1, 11) for arm in ("unpruned", "own")],
+    },
+    "abilities": {
+        "columns": ["ability", "arm", "personas", "tasks", "passed", "low", "high"],
+        "rows": [["json", "own", 6, 4, 0.75, 0.5, None]],
+    },
+    "costs": {"columns": ["judge", "requests", "prompt tokens", "completion tokens"], "rows": [["big", 96, 12345, 96]]},
+    "of_ones_own": {"columns": ["thing", "value"], "rows": [["spoons", 3]]},
+}  # fmt: skip
 NASTY = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
 
@@ -22,7 +43,10 @@ def figures(number, description="sails the northern sea"):
     losses = {"answers": {"unpruned": 1.0, "own": 1.1 + number / 100, "global": 1.4, "other": 1.6, "random": 2.0}}
     arms = {"first": 0.5, "rank": 2.0, "words": 12.0, "ended": 1.0, "repetition": 0.0, "own_loss": 1.5}
     measures = {"unpruned": arms | {"first": 0.9}, "own": arms | {"first": 0.8}, "baseline": arms}
-    return PersonaFigures(f"persona-{number:04d}", description, 0.5, 3000, losses, measures)
+    training = {"method": "ste", "ratio": 0.5, "steps": 60, "unpruned": 1.0, "masked": 1.1 + number / 100}
+    return PersonaFigures(
+        f"persona-{number:04d}", description, 0.5, 3000, losses, measures, training=training | {"tuned_after": 1.05}
+    )
 
 
 def report_data(personas=6, **changes):
@@ -30,16 +54,18 @@ def report_data(personas=6, **changes):
     people[0] = dataclasses.replace(people[0], id="captain-nemo", description=f"Nemo. {NASTY}")
     text = {"text": f"Aye, {NASTY}", "ended": False, "rank": 1, "of": 6}
     sample = {one.id: [{"question": "Why?", "arms": {"unpruned": text, "own": text}}] for one in people}
-    keep = np.random.default_rng(0).random((min(personas, 40), 3, 64)) > 0.5
+    bits = np.random.default_rng(0).random((3, min(personas, 40), 64)) > 0.5
+    both = np.einsum("gpi,gqi->gpq", bits.astype(float), bits.astype(float))
+    shared = SharedCounts([(layer, "FFN") for layer in range(3)], np.full(3, 64), both, 20)
     error = {"persona_id": "dee", "cause": "few_answers", "attempts": 2, "message": NASTY}
     values = {
         "url": "s3://bucket/run", "run": {"run_id": "r1", "backbone": {"name": "tiny", "fingerprint": "f" * 64}},
-        "status": {"state": "done", "since": "2026-01-01", "phases": [
-            {"name": "training", "done": 6, "total": 6, "unit": "personas", "seconds": 9.0, "tokens": 5,
-             "tokens_per_second": 0.5},
-        ]},
-        "personas": people, "answers": sample, "sample": [one.id for one in people[: len(keep)]],
-        "keep_PLI": keep, "errors": [error],
+        "statuses": [{"state": "done", "host": "node-7", "since": "2026-01-01", "part": "", "phases": [
+            {"name": "training", "done": 6, "total": 6, "unit": "personas", "seconds": 9.0, "tokens": 5000,
+             "tokens_per_second": 555.5},
+        ]}],
+        "personas": people, "answers": sample, "sample": [one.id for one in people[:40]],
+        "shared": shared, "errors": [error], "tables": TABLES, "software": {"torch": "2.13.0"},
     }  # fmt: skip
     return ReportData(**(values | changes))
 
@@ -81,13 +107,14 @@ def test_a_persona_is_found_by_typing_and_nothing_is_asked_of_any_host(browser, 
     page.get_by_label("Find a persona").press_sequentially("nemo")
     assert page.locator("article").count() == 1
     assert "captain-nemo" in page.locator("article").inner_text()
+    assert "60 steps · keeps 50.0 %" in page.locator("article").inner_text()
     assert NASTY in page.locator("article").inner_text()
     page.get_by_label("Find a persona").fill("nobody of this name")
     assert page.locator("#found").inner_text() == "0 of 6 personas"
-    page.locator("[data-persona=persona-0003]").click()
+    page.locator("#personas [data-persona=persona-0003]").click()
     assert page.locator("article h3").first.inner_text() == "persona-0003"
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.locator("[data-chart] svg").count() == 5
+    assert page.locator("[data-chart] svg").count() == 6
     assert page.title() == "Persona masks: s3://bucket/run"
     assert seen.messages == []
     assert [url for url in seen.requests if not url.startswith("data:")] == [file.as_uri()]
@@ -124,20 +151,55 @@ def test_the_headline_says_what_the_strongest_baseline_lost_and_the_own_mask_did
     assert "“global”, the strongest baseline" in text
 
 
+def words(html):
+    """Of what a reader sees."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html.split("<main>")[1].split("</main>")[0]))
+
+
+def test_everything_that_is_stored_has_its_place():
+    text = words(render(report_data(), Aside(costs=BackboneCosts(3_000_000_000, 6_200_000_000, 1000, 9e5, 1.8e6))))
+    # Before and after: two masks on one task, and who is lowest.
+    assert re.search(r"mmlu acc 200 0.400 0.325 \[.*?\] -0.075 2 persona-0001", text)
+    assert "json own 6 4 0.750 0.500" in text
+    assert "In character: own description ranks first" in text
+    assert "parameters 3.00 G 2.55 G 85.0 %" in text
+    assert "FLOPs per token 6.20 G 5.30 G 85.5 %" in text
+    assert "big 96 12,345 96" in text
+    assert "Of ones own thing value spoons 3" in text
+    assert "by cause: 1 few_answers" in text
+    assert "Done on node-7, began 2026-01-01" in text
+    assert "training 6 personas 9 5,000 555.500" in text
+    assert "torch 2.13.0" in text
+
+
 def test_nothing_but_masks_makes_a_report_too():
     people = [PersonaFigures(f"p{n}", "", 0.5, 3000) for n in range(2)]
-    nothing = {"answers": {}, "sample": [], "errors": [], "run": {}, "status": {}}
-    data = report_data(**nothing, keep_PLI=np.zeros((0, 0, 0), bool))
+    nothing = {"answers": {}, "sample": [], "errors": [], "run": {}, "statuses": []}
+    data = report_data(**nothing, shared=None, tables={}, software={})
     text = render(dataclasses.replace(data, personas=people))
     assert "No comparison is stored" in text
     assert json.loads(text.split('id="specs">')[1].split("</script>")[0]) == {}
 
 
-def test_a_report_lies_below_its_output(tmp_path):
-    from mask_examples import mask
-
-    storage = open_storage(tmp_path)
-    for seed, persona_id in enumerate(("ada", "bo")):
+def masked(directory, first_seed=0):
+    storage = open_storage(directory)
+    for seed, persona_id in enumerate(("ada", "bo", "cy", "dee"), first_seed):
         storage.put(keys.mask(persona_id), mask(persona_id, seed=seed).to_bytes())
-    assert write_report(storage) == "report.html"
-    assert "2 masks compared" in (tmp_path / "report.html").read_text()
+    return storage
+
+
+def test_a_report_lies_below_its_output(tmp_path):
+    assert write_report(masked(tmp_path)) == "report.html"
+    text = (tmp_path / "report.html").read_text()
+    assert "4 masks compared" in text
+    assert "Jaccard distance of two masks in a layer, mean over pairs and layers: FFN 0.7" in text
+    assert "Across seeds" not in text
+
+
+def test_a_second_seed_says_how_far_overlaps_are_the_personas_doing(tmp_path):
+    storage = masked(tmp_path / "one")
+    write_report(storage, ReportOptions(seeds=masked(tmp_path / "two", first_seed=4)))
+    text = (tmp_path / "one/report.html").read_text()
+    assert "Across seeds (4 personas): the overlaps of pairs in one run and in the other correlate with r = " in text
+    write_report(storage, ReportOptions(seeds=storage))
+    assert "r = 1.00; two masks of one persona share 1.000" in (tmp_path / "one/report.html").read_text()
