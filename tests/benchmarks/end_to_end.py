@@ -31,12 +31,12 @@ def settings(directory: Path) -> dict[str, Any]:
         "backbone": {"path": str(directory / "model")},
         "synthesis": {
             "sources": [{"path": str(directory / "questions.jsonl")}],
-            "select": {"k": 6},
-            "rewrite": {"max_new_tokens": 4, "max_samples_per_question": 1},
+            "select": {"k": 12},
+            "rewrite": {"max_new_tokens": 8, "max_samples_per_question": 1},
             "filter": {"min_words": 1, "min_answers": 1},
             "tile_personas": 16,
         },
-        "learning": {"steps": 2, "rows_per_step": 4, "channel_multiple": 8, "evaluate_every": 100},
+        "learning": {"steps": 8, "rows_per_step": 8, "channel_multiple": 8, "evaluate_every": 100},
         "groups": {"min": GROUPS, "max": GROUPS},
     }
 
