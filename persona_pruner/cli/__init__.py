@@ -6,16 +6,16 @@ import sys
 
 from rich.console import Console
 
-from persona_pruner.cli import cluster, evaluation, masks, runs, settings
+from persona_pruner.cli import cluster, evaluation, masks, publishing, runs, settings
 from persona_pruner.cli import serving as serving
 from persona_pruner.cli.app import app
 from persona_pruner.errors import UserError
 
-_MODULES = (runs, masks, evaluation, serving, cluster, settings)
+_MODULES = (runs, masks, evaluation, publishing, serving, cluster, settings)
 _ORDER = {module.__name__: place for place, module in enumerate(_MODULES)}
 app.registered_commands.sort(key=lambda command: _ORDER.get(getattr(command.callback, "__module__", ""), len(_ORDER)))
 
-__all__ = ["app", "cluster", "evaluation", "main", "masks", "runs", "settings"]
+__all__ = ["app", "cluster", "evaluation", "main", "masks", "publishing", "runs", "settings"]
 
 
 def main() -> None:
