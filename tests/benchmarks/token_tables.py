@@ -103,7 +103,8 @@ def _table(
     """Print mean losses; the share of the published baseline's increase that each method removes."""
     means = {method: [_mean(rows, chosen) for chosen in (every, tenth)] for method, rows in by_method.items()}
     unpruned, published = means["unpruned"][0], means[PUBLISHED][0]
-    removed = {method: 1 - (all_ - unpruned) / (published - unpruned) for method, (all_, _) in means.items()}
+    increase = published - unpruned if published > unpruned else math.nan
+    removed = {method: 1 - (all_ - unpruned) / increase for method, (all_, _) in means.items()}
     print(f"{'':<24}{'all':>8}{'persona':>9}{'removed':>9}")
     for method, (all_, persona) in means.items():
         print(f"{method:<24}{all_:>8.3f}{persona:>9.3f}{removed[method]:>9.1%}")
