@@ -207,7 +207,8 @@ class Comparison:
         if method in GLOBAL:
             return self._once(method, lambda: self._global(method))
         if method == POOLED:
-            return self._pooled_start().keep_LI
+            stored = self.output.shared(keys.POOLED_MASK, self.ratio)
+            return stored.keep_LI if stored is not None else self._pooled_start().keep_LI
         if method == OTHER:
             method, data = "ste", self.people[(self.people.index(data) + len(self.people) // 2) % len(self.people)]
         mask = self.made(method, data)
