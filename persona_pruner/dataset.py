@@ -53,8 +53,10 @@ SCHEMA = pa.schema(
         ("filter", pa.string()),
         ("split", pa.string()),
         ("sample", pa.int32()),
+        ("earlier", pa.list_(pa.list_(pa.string()))),
     ]
 )
+"""`earlier`: pairs of question and answer before it in the same conversation; null or empty where there are none."""
 USABLE = "ok"
 """Value of the column `filter` of an answer without fault."""
 CUT_OFF = "cut_off"
@@ -79,6 +81,8 @@ def read_table(storage: Storage, persona_id: str) -> pa.Table:
     key = keys.persona_data(persona_id)
     try:
         table = read_parquet(storage.get(key))
+        if "earlier" not in table.column_names:  # made by a release that knew no conversations
+            table = table.append_column(SCHEMA.field("earlier"), pa.nulls(len(table), SCHEMA.field("earlier").type))
         return table.select(SCHEMA.names).cast(SCHEMA.with_metadata(table.schema.metadata))
     except NotFoundError:
         raise PersonaError("no_data", f"{storage.url}/{key}: not there; synthesize first") from None
@@ -110,8 +114,10 @@ def read_persona_data(storage: Storage, persona: Persona, *, unfinished: bool = 
         if not row["question"] or not row["answer"]:
             raise PersonaError("bad_data", f"{keys.persona_data(persona.id)}: a row has no question or no answer")
         finished = row["filter"] != CUT_OFF
-        splits[row["split"]].append(Row(row["question"], row["answer"], finished))
+        earlier = tuple((asked, answered) for asked, answered in row["earlier"] or ())
+        splits[row["split"]].append(Row(row["question"], row["answer"], finished, earlier))
         end = "" if finished else "\0unfinished"
+        end += f"\0{json.dumps(earlier)}" if earlier else ""
         digest.update(f"{row['split']}\0{row['question']}\0{row['answer']}{end}\n".encode())
     if not splits["train"]:
         raise PersonaError("empty", f"{keys.persona_data(persona.id)}: holds no usable row to train on")

@@ -1,12 +1,17 @@
 """What is read back of a persona's stored rows."""
 
+import io
+from dataclasses import replace
+
+import pyarrow.parquet as pq
 import pytest
 
 from persona_pruner.config.load import check_config
 from persona_pruner.dataset import read_persona_data, uses_unfinished_answers
 from persona_pruner.errors import PersonaError
 from persona_pruner.manifest import Persona
-from persona_pruner.storage.open import open_storage
+from persona_pruner.storage import keys
+from persona_pruner.storage.open import open_storage, read_parquet
 from persona_pruner.synthesis.commit import DataRow, commit
 from persona_pruner.synthesis.sources import Question, question_id
 
@@ -44,3 +49,25 @@ def test_distillation_learns_from_cut_off_answers_and_cross_entropy_alone_does_n
 def test_no_data_is_told_with_what_to_do(storage):
     with pytest.raises(PersonaError, match="synthesize first"):
         read_persona_data(storage, Persona("bo", "Bo, a baker"))
+
+
+def test_conversations_come_back_with_what_was_said_before_and_it_decides_the_digest(storage):
+    plain = read_persona_data(storage, ADA, unfinished=True)
+    talks = [replace(question, earlier=(("Hello.", "Aye?"),)) for question in QUESTIONS]
+    config = check_config({})
+    commit(config, storage, ADA, [DataRow(one, 0.5, "ok", "Aye, number one by the tide") for one in talks], "m")
+    data = read_persona_data(storage, ADA)
+    assert {row.earlier for row in data.train + data.heldout} == {(("Hello.", "Aye?"),)}
+    assert data.sha256 != plain.sha256
+    commit(config, storage, ADA, [DataRow(one, 0.5, "ok", "Aye, number one by the tide") for one in QUESTIONS], "m")
+    assert read_persona_data(storage, ADA).sha256 != data.sha256
+
+
+def test_rows_of_a_release_without_conversations_are_read(storage):
+    key = keys.persona_data("ada")
+    table = read_parquet(storage.get(key))
+    stream = io.BytesIO()
+    pq.write_table(table.drop_columns(["earlier"]), stream)
+    before = read_persona_data(storage, ADA)
+    storage.put(key, stream.getvalue())
+    assert read_persona_data(storage, ADA) == before

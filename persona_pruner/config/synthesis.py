@@ -10,6 +10,7 @@ from persona_pruner.config.section import (
     Fraction,
     Hashed,
     HashedContent,
+    HashedWhere,
     NonNegative,
     PoolBounds,
     Positive,
@@ -22,6 +23,10 @@ class SourceConfig(Section):
     """Instruction data: .jsonl, .jsonl.gz, .json, .csv, .parquet, a directory of those, s3://..., or a hub name."""
     split: str = "train"
     """Split of a hub data set."""
+    messages: Annotated[str | None, HashedWhere(lambda source: source.messages is not None)] = None
+    """Column with conversations, in the place of `question`, `input` and `answer`: a list of role and content, which
+    ends with an assistant's message, the answer. Its last user's message is the question, what is before it is read
+    and not learned from; system messages are left out. null: rows are single questions."""
     question: Hashed[str] = "instruction"
     """Column with the question."""
     input: Hashed[str | None] = "input"

@@ -58,6 +58,7 @@ def commit(config: RunConfig, storage: Storage, persona: Persona, rows: Sequence
             "filter": row.filter,
             "split": "" if row.filter == NOT_SELECTED else split_of(row.question.id, config.synthesis.heldout_fraction),
             "sample": row.sample,
+            "earlier": row.question.earlier,
         }
         for row in rows
     ]

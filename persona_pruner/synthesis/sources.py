@@ -26,6 +26,8 @@ class Question:
     """The source's own answer."""
     key: str = ""
     """Instruction and input as questions are compared, however they are joined: see `comparison_key`."""
+    earlier: tuple[tuple[str, str], ...] = ()
+    """Questions and answers before it in the same conversation."""
 
 
 def normalize_whitespace(text: str) -> str:
@@ -80,6 +82,9 @@ def _read(source: SourceConfig) -> list[Question]:
     _require_columns(source, where, rows.column_names)
     questions = []
     for number, row in enumerate(rows, 1):
+        if source.messages is not None:
+            questions.append(_conversation(row[source.messages], f"{where}, row {number}: {source.messages}"))
+            continue
         text = row[source.question]
         extra = row.get(source.input) if source.input else None
         answer = row[source.answer] if source.answer else None
@@ -101,6 +106,25 @@ def _read(source: SourceConfig) -> list[Question]:
     return questions
 
 
+def _conversation(messages: Any, where: str) -> Question:
+    """Its last question, with what was said before. Raises SourceError."""
+    try:
+        spoken = [(one["role"], one["content"].strip()) for one in messages if one["role"] != "system"]
+    except (TypeError, KeyError, AttributeError):
+        raise SourceError(f"{where} is no list of objects with role and content") from None
+    roles, said = [role for role, _ in spoken], [text for _, text in spoken]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2) or not all(said):
+        raise SourceError(
+            f"{where} has the roles {', '.join(map(str, roles)) or 'of nobody'}; user and assistant must take turns, "
+            "each with a text, and the assistant must be the last"
+        )
+    if sum(map(len, said)) > MAX_CHARACTERS:
+        raise SourceError(f"{where}: more than {MAX_CHARACTERS:,} characters")
+    *before, question, answer = said
+    earlier = tuple(zip(before[::2], before[1::2], strict=True))
+    return Question(question_id("\0".join(said[:-1])), question, answer, comparison_key(question), earlier)
+
+
 def check_columns(source: SourceConfig) -> None:
     """Raise SourceError where a source cannot be read or lacks a column. Reads no more than its beginning."""
     _require_columns(source, f"source {source.path}", list(first_row(source)))
@@ -120,7 +144,7 @@ def first_row(source: SourceConfig) -> dict[str, Any]:
 
 
 def _require_columns(source: SourceConfig, where: str, columns: Sequence[str]) -> None:
-    for column in (source.question, source.answer):
+    for column in (source.question, source.answer) if source.messages is None else (source.messages,):
         if column is not None and column not in columns:
             raise SourceError(f"{where}: no column {column!r}; found {', '.join(columns)}")
 

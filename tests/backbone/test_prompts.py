@@ -46,6 +46,18 @@ def test_a_template_without_a_system_role_gets_the_persona_in_the_users_message(
     assert "<head>user</head>You are a baker.\n\nWhy?<eot><head>model</head>" in whole
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, LLAMA_2])
+def test_what_was_said_before_stands_between_persona_and_question(template):
+    made = tokenizer()
+    made.chat_template = template
+    prefix = persona_prefix(made, PROMPT, "a baker")
+    suffix = question_suffix(made, PROMPT, "a baker", "Why?", [("Hello.", "Good day!"), ("Bread?", "Yes.")])
+    said = made.decode(prefix + suffix, skip_special_tokens=True)
+    assert "You are a baker." in said.partition("Hello.")[0]
+    asked = said.partition("Hello.")[2].replace("model", "assistant")
+    assert asked == "assistantGood day!userBread?assistantYes.userWhy?assistant"
+
+
 def test_answers_end_with_the_templates_end_of_turn():
     made = tokenizer()
     assert made.decode(answer_tokens(made, " Because. ")) == "Because.<eot>"

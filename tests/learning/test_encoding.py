@@ -13,3 +13,13 @@ def test_an_unfinished_answer_has_no_end_token(tmp_path):
     assert whole.tokens[-1] == tokenizer.eos_token_id
     assert cut.tokens == whole.tokens[:-1]
     assert (cut.answer, whole.answer) == (3, 4)
+
+
+def test_a_conversation_is_read_whole_and_only_its_last_answer_is_learned(tmp_path):
+    tokenizer = tiny_models.tokenizer()
+    earlier = (("Hello.", "Aye?"), ("Who?", "Me."))
+    (row,) = encode_rows(tokenizer, PromptConfig(), "Ada", [Row("Why?", "So.", True, earlier)], 200)
+    assert tokenizer.decode(row.tokens[: -row.answer], skip_special_tokens=True) == (
+        "Hello.assistantAye?userWho?assistantMe.userWhy?assistant"
+    )
+    assert tokenizer.decode(row.tokens[-row.answer :], skip_special_tokens=True) == "So."

@@ -100,3 +100,33 @@ def test_sources_in_object_storage(bucket, tmp_path):
     bucket.put("q.jsonl", json.dumps(ROWS[3]).encode())
     assert [q.text for q in load(f"{bucket.url}/q.jsonl")] == ["Question 3?"]
     assert "nothing is there" in fault(f"{bucket.url}/absent.jsonl")
+
+
+def spoken(*texts, system=None):
+    said = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    return {"messages": ([{"role": "system", "content": system}] if system else []) + said}
+
+
+def test_of_a_conversation_the_last_question_is_asked_and_what_was_said_before_is_kept(tmp_path):
+    rows = [
+        spoken("Hello.", "Aye?", "Who are you?", "A fisher.", system="Be brief."),
+        spoken("Who are you?", "Nobody."),
+    ]
+    first, second = load({"path": write(tmp_path / "c.jsonl", rows), "messages": "messages"})
+    assert (first.text, first.answer, first.earlier) == ("Who are you?", "A fisher.", (("Hello.", "Aye?"),))
+    assert (second.text, second.answer, second.earlier) == ("Who are you?", "Nobody.", ())
+    assert first.id != second.id == question_id("Who are you?")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (spoken("Hello."), "has the roles user; user and assistant must take turns"),
+        ({"messages": [{"role": "system", "content": "Be brief."}]}, "has the roles of nobody"),
+        (spoken("Hello.", " "), "has the roles user, assistant; user and assistant must take turns, each with a text"),
+        ({"messages": "Hello."}, "is no list of objects with role and content"),
+    ],
+)
+def test_what_is_no_conversation_is_told_with_its_row(tmp_path, row, reason):
+    path = write(tmp_path / "c.jsonl", [row])
+    assert f"row 1: messages {reason}" in fault({"path": path, "messages": "messages"})

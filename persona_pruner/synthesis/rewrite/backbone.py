@@ -50,10 +50,10 @@ class SelfRewriter:
         return [self._answer(by_position[i]) for i in range(len(requests))]
 
     def _prompt(self, request: Request) -> Prompt:
-        prompt, persona = self.config.prompt, request.persona
+        prompt, persona, question = self.config.prompt, request.persona, request.question
         return Prompt(
             tuple(persona_prefix(self._tokenizer, prompt, persona.description)),
-            tuple(question_suffix(self._tokenizer, prompt, persona.description, request.question.text)),
+            tuple(question_suffix(self._tokenizer, prompt, persona.description, question.text, question.earlier)),
             self._draws(request),
         )
 

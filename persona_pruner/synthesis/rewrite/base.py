@@ -53,6 +53,8 @@ def messages(config: RunConfig, persona: Persona, question: Question) -> list[di
     if system is None:
         system = config.prompt.system
     chat = [{"role": "system", "content": fill(system, values)}] if system else []
+    for asked, answered in question.earlier:
+        chat += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     return [*chat, {"role": "user", "content": fill(template, values)}]
 
 
