@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -13,6 +14,7 @@ from persona_pruner.evaluation.judge import expected_score, inquiries, judged, p
 from persona_pruner.storage import keys
 from persona_pruner.storage.open import open_storage
 
+RECORDED_BY_VLLM = [json.loads(line) for line in (Path(__file__).parent / "judge_replies.jsonl").open()]
 RECORDED = [
     [("85", -0.2), ("90", -2.0), ("Sure", -5.0)],
     [("Sure", -0.1), ("85", -3.0)],
@@ -40,6 +42,17 @@ def plain_score(top):
 @pytest.mark.parametrize("top", RECORDED, ids=str)
 def test_a_score_is_the_expectation_over_number_tokens(top):
     assert expected_score(top, 0.25) == pytest.approx(plain_score(top))
+
+
+@pytest.mark.parametrize("reply", RECORDED_BY_VLLM, ids=lambda reply: reply["aspect"])
+def test_replies_recorded_from_a_vllm_server_give_what_the_formula_says(reply):
+    """The shipped backbone, asked to judge, has its letters for A and B and no number among its 20 likeliest tokens."""
+    probabilities = {token: math.exp(logprob) for token, logprob in reply["top"]}
+    assert len(probabilities) == 20
+    assert expected_score(reply["top"], 0.0) is plain_score(reply["top"]) is None
+    a, b = probabilities["A"], probabilities.get("B", 0.0)
+    assert preference(reply["top"], 0.1) == pytest.approx(100 * a / (a + b))
+    assert preference(reply["top"], 0.9) is None
 
 
 def test_what_has_too_little_mass_on_numbers_is_unscored():
