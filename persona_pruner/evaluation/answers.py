@@ -21,7 +21,6 @@ from persona_pruner.backbone.prompts import persona_prefix, question_suffix
 from persona_pruner.dataset import Row
 from persona_pruner.evaluation.likelihood import read_rows
 from persona_pruner.evaluation.questions import evaluation_questions
-from persona_pruner.evaluation.subject import ARMS as ARMS
 from persona_pruner.evaluation.subject import Subject
 from persona_pruner.evaluation.wording import repetition, words
 from persona_pruner.learning.encoding import seeded

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from persona_pruner.errors import MaskError, StorageError, UserError
-from persona_pruner.evaluation.answers import ARMS
 from persona_pruner.evaluation.judge import judged
 from persona_pruner.evaluation.overlap import SharedCounts, count_shared, shape_of
+from persona_pruner.evaluation.subject import ARMS
 from persona_pruner.evaluation.summary import by_arm, read_answers, stored_losses
 from persona_pruner.learning.pooled import pooled_sample
 from persona_pruner.masks.catalog import mask_objects
