@@ -36,7 +36,7 @@ def test_a_killed_recovery_goes_on_and_ends_in_the_same_bits(undisturbed, tmp_pa
     text, _ = job.communicate(timeout=400)
     assert job.returncode == 0, text
     assert "3 of 3 tuned" in text
-    assert all(found["loss_after"] != found["loss_before"] for found in results(whole).values())
+    assert all(found["loss_after"] < found["loss_before"] for found in results(whole).values())
 
     job = start(killed, "recovery.steps=20", "recovery.checkpoint_steps=2")
     runs.wait_for(lambda: list((killed / "recovery" / "checkpoints").glob("*.safetensors")) or job.poll() is not None)
