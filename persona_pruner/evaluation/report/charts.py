@@ -41,7 +41,7 @@ def comparison(estimates: Mapping[str, Mapping[str, Estimate]], title: str) -> S
     return _spec(layered)
 
 
-def turns(table: Mapping[str, Any], measure: str, title: str) -> Spec:
+def turns(table: Mapping[str, Any], measure: str) -> Spec:
     """A measure of conversations turn by turn. `table` has the columns turn, arm and the measure; gaps are left out."""
     rows = [
         {"turn": row["turn"], "method": row["arm"], "value": round(row[measure], 4)}
@@ -53,7 +53,7 @@ def turns(table: Mapping[str, Any], measure: str, title: str) -> Spec:
         .mark_line(point=True)
         .encode(
             x=alt.X("turn:Q", title="turn", axis=alt.Axis(tickMinStep=1, format="d")),
-            y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)),
+            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
             color=alt.Color(
                 "method:N",
                 scale=_colors({row["method"] for row in rows}),
@@ -80,7 +80,7 @@ def distribution(personas: Sequence[PersonaFigures], text: str) -> Spec:
         alt.Chart(alt.Data(values=_binned(rows)))
         .mark_line(point=True)
         .encode(
-            x=alt.X("lost:Q", title="loss above the unpruned backbone (nats per token)"),
+            x=alt.X("lost:Q", title="loss above the unpruned backbone (nats per token)", axis=alt.Axis(tickCount=8)),
             y=alt.Y("personas:Q", title="personas"),
             color=alt.Color(
                 "method:N",
@@ -130,7 +130,7 @@ def persona_map(overlap: Overlap, names: Sequence[str], losses: Mapping[str, flo
          "lost": losses.get(name) if np.isfinite(losses.get(name, np.inf)) else None}
         for name, (x, y), cluster in zip(names, overlap.map_P2, overlap.cluster_P, strict=True)
     ]  # fmt: skip
-    hidden = alt.Axis(labels=False, ticks=False, title=None, domain=False)
+    hidden = alt.Axis(labels=False, ticks=False, title=None, domain=False, grid=False)
     points = (
         alt.Chart(alt.Data(values=rows))
         .mark_circle(size=90, opacity=0.85)

@@ -91,7 +91,7 @@ def render(data: ReportData, aside: Aside = Aside()) -> str:
         specs[f"distribution-{text}"] = charts.distribution(data.personas, text)
     turns = _turns(data.tables.get("turns", {}))
     for name in turns:
-        specs[f"turns-{name}"] = charts.turns(data.tables["turns"], name, turns[name])
+        specs[f"turns-{name}"] = charts.turns(data.tables["turns"], name)
     return template.render(
         data=data, seeds=aside.seeds, figures=figures, measure_names=MEASURES, texts=TEXTS, masks=masks, turns=turns,
         efficiency=_efficiency(data, aside.costs), causes=Counter(error.get("cause", "") for error in data.errors),
@@ -107,7 +107,9 @@ def figure(value: float) -> str:
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if abs(value) >= size:
             return f"{value / size:.2f} {unit}"
-    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.3f}"
+    if value == int(value) or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def _turns(table: Mapping[str, Any]) -> dict[str, str]:

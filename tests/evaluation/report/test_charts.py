@@ -31,7 +31,7 @@ def test_methods_without_a_colour_of_their_own_get_one_each():
 
 def test_turns_are_plotted_and_what_was_not_measured_is_left_out():
     table = {"columns": ["turn", "arm", "first"], "rows": [[1, "own", 0.5], [2, "own", None], [1, "unpruned", 1]]}
-    assert values(charts.turns(table, "first", "in character")) == [
+    assert values(charts.turns(table, "first")) == [
         {"turn": 1, "method": "own", "value": 0.5}, {"turn": 1, "method": "unpruned", "value": 1},
     ]  # fmt: skip
 

@@ -45,7 +45,13 @@ def figures(number, description="sails the northern sea"):
     measures = {"unpruned": arms | {"first": 0.9}, "own": arms | {"first": 0.8}, "baseline": arms}
     training = {"method": "ste", "ratio": 0.5, "steps": 60, "unpruned": 1.0, "masked": 1.1 + number / 100}
     return PersonaFigures(
-        f"persona-{number:04d}", description, 0.5, 3000, losses, measures, training=training | {"tuned_after": 1.05}
+        f"persona-{number:04d}",
+        description,
+        0.5,
+        3000,
+        losses,
+        measures,
+        training=training | {"tuned_before": 1.2, "tuned_after": 1.05},
     )
 
 
@@ -168,7 +174,7 @@ def test_everything_that_is_stored_has_its_place():
     assert "Of ones own thing value spoons 3" in text
     assert "by cause: 1 few_answers" in text
     assert "Done on node-7, began 2026-01-01" in text
-    assert "training 6 personas 9 5,000 555.500" in text
+    assert "training 6 personas 9 5,000 556" in text
     assert "torch 2.13.0" in text
 
 
