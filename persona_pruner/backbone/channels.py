@@ -3,7 +3,8 @@
 Shapes: L layers, I channels of a layer, B rows, T tokens.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,3 +142,14 @@ def record_channels(model: nn.Module, see: Any) -> list[Any]:
         return look
 
     return [ffn.output.register_forward_pre_hook(hook(layer)) for layer, ffn in enumerate(find_ffns(model))]
+
+
+@contextlib.contextmanager
+def forward_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Inside, each module's output passes through its hook(module, inputs, output)."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -6,8 +6,8 @@ importance (arXiv 2305.11627). FLAP: arXiv 2312.11983.
 Shapes: L layers, I channels, D model width.
 """
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persona_pruner.backbone.channels import find_ffns
+from persona_pruner.backbone.channels import find_ffns, forward_hooks
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.evaluation import Baseline
@@ -72,13 +72,7 @@ class Baselines:
 
     @cached_property
     def _taylor_LI(self) -> Tensor:
-        """|d cross-entropy / d mask| at all ones."""
-        prefix, examples = self._generic
-        settings = replace(self._settings, objective=CROSS_ENTROPY)
-        with BackboneRunner(self.backbone) as runner:
-            ones_PLI = torch.ones(1, runner.masks.layers, runner.masks.channels, device=self.backbone.device)
-            grad_PLI, _ = mask_gradient(runner, ones_PLI, [prefix], examples, settings)
-        return self.backbone.all_reduce(grad_PLI[0]).abs()
+        return taylor(self.backbone, *self._generic, self._settings)
 
     @cached_property
     def _fluctuation(self) -> tuple[Tensor, Tensor]:
@@ -107,17 +101,22 @@ class Baselines:
         return keep_LI.cpu(), torch.stack(biases)
 
 
-@contextlib.contextmanager
-def added_biases(backbone: Backbone, bias_LD: Tensor | None) -> Iterator[None]:
+def taylor(
+    backbone: Backbone, prefix: Sequence[int], examples: Sequence[TrainingExample], settings: MicroBatchConfig
+) -> Tensor:
+    """|d cross-entropy / d mask| at all ones, [L, I]."""
+    with BackboneRunner(backbone) as runner:
+        ones_PLI = torch.ones(1, runner.masks.layers, runner.masks.channels, device=backbone.device)
+        settings = replace(settings, objective=CROSS_ENTROPY)
+        grad_PLI, _ = mask_gradient(runner, ones_PLI, [prefix], examples, settings)
+    return backbone.all_reduce(grad_PLI[0]).abs()
+
+
+def added_biases(backbone: Backbone, bias_LD: Tensor | None) -> AbstractContextManager[None]:
     """Inside, every FFN's output has its layer's bias added; nothing where there are none."""
 
     def hook(bias_D: Tensor) -> Any:
         return lambda module, inputs, output: output + bias_D.to(output.device, output.dtype)
 
-    layers = [] if bias_LD is None else list(zip(find_ffns(backbone.model), bias_LD, strict=True))
-    hooks = [ffn.output.register_forward_hook(hook(bias_D)) for ffn, bias_D in layers]
-    try:
-        yield
-    finally:
-        for each in hooks:
-            each.remove()
+    layers = () if bias_LD is None else zip(find_ffns(backbone.model), bias_LD, strict=True)
+    return forward_hooks((ffn.output, hook(bias_D)) for ffn, bias_D in layers)

@@ -11,7 +11,7 @@ Shapes: P personas of a step, L layers, I channels, D width of a module's output
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from persona_pruner.backbone.channels import find_ffns
+from persona_pruner.backbone.channels import find_ffns, forward_hooks
 from persona_pruner.backbone.files import RECOVERED
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
@@ -67,21 +67,14 @@ class Gains:
     def of_norms(self) -> list[Tensor]:
         return self.outputs[self._gates :]
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """Inside, the modules' outputs are multiplied, with a graph to `outputs`; channels are the masks' matter."""
 
         def hook(gain_D: Tensor) -> Any:
             return lambda module, inputs, output: output * gain_D.to(output.dtype)
 
-        hooks = [
-            module.register_forward_hook(hook(gain)) for module, gain in zip(self.modules, self.outputs, strict=True)
-        ]
-        try:
-            yield
-        finally:
-            for each in hooks:
-                each.remove()
+        gained = zip(self.modules, self.outputs, strict=True)
+        return forward_hooks((module, hook(gain_D)) for module, gain_D in gained)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -114,8 +107,7 @@ class LowRank:
     def parameters(self) -> list[Tensor]:
         return [factor for pair in self.factors for factor in pair]
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """Inside, it is added to the matrices' outputs, with a graph to the factors."""
 
         def hook(down_RC: Tensor, up_DR: Tensor) -> Any:
@@ -124,14 +116,8 @@ class LowRank:
 
             return add
 
-        hooks = [
-            matrix.register_forward_hook(hook(*pair)) for matrix, pair in zip(self.matrices, self.factors, strict=True)
-        ]
-        try:
-            yield
-        finally:
-            for each in hooks:
-                each.remove()
+        updated = zip(self.matrices, self.factors, strict=True)
+        return forward_hooks((matrix, hook(*pair)) for matrix, pair in updated)
 
     @torch.no_grad()
     def fold(self) -> None:

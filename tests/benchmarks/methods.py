@@ -38,12 +38,10 @@ from typing import Any
 import torch
 from rivals import (
     Calibration,
-    added_biases,
     block_influence,
     channel_moments,
     flap,
     least_blocks,
-    taylor,
     without_blocks,
 )
 from torch import Tensor
@@ -54,6 +52,7 @@ from persona_pruner.backbone.load import Backbone, load_backbone
 from persona_pruner.config.load import load_config
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData, read_persona_data
+from persona_pruner.evaluation.baselines import added_biases, taylor
 from persona_pruner.evaluation.likelihood import heldout_loss
 from persona_pruner.evaluation.table import read_conversations
 from persona_pruner.learning.batches import MicroBatchConfig, examples_by_prefix
@@ -290,13 +289,13 @@ class Comparison:
     def _statistics(self, name: str, calibration: Calibration) -> Any:
         if name == "flap":
             return channel_moments(calibration)
-        if name == "llm-pruner":
-            return taylor(calibration)
         if name == "shortgpt":
             return block_influence(calibration)
         ((prefix, examples),) = examples_by_prefix(calibration.encoded)
+        settings = MicroBatchConfig.of(self.config, self.backbone.device)
+        if name == "llm-pruner":
+            return taylor(self.backbone, prefix, examples, settings)
         with BackboneRunner(self.backbone) as runner:
-            settings = MicroBatchConfig.of(self.config, self.backbone.device)
             return activation_scores(runner, prefix, examples, settings)
 
     def _generic(self) -> Calibration:

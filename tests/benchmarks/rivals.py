@@ -1,32 +1,26 @@
 """Structured methods that people publish against, at the same number of removed parameters as a channel mask.
 
 FLAP (arXiv 2312.11983): channels whose input to the output projection fluctuates least, standardized over the layers;
-their mean goes into a bias. LLM-Pruner (arXiv 2305.11627): first-order Taylor, |gradient of a channel's mask|, on
-generic text, the same number in each layer. ShortGPT (arXiv 2403.03853): whole blocks whose output is most like their
+their mean goes into a bias. ShortGPT (arXiv 2403.03853): whole blocks whose output is most like their
 input. Used by methods.py.
 
 Shapes: L layers, I channels, N tokens, D model width.
 """
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from persona_pruner.backbone.channels import find_ffns, record_channels
-from persona_pruner.backbone.forward import BackboneRunner
+from persona_pruner.backbone.channels import find_ffns, forward_hooks, record_channels
 from persona_pruner.backbone.load import Backbone
-from persona_pruner.config.schema import ObjectiveConfig, RunConfig
-from persona_pruner.learning.batches import MicroBatchConfig, examples_by_prefix
+from persona_pruner.config.schema import RunConfig
 from persona_pruner.learning.budgets import free_widths
 from persona_pruner.learning.encoding import EncodedData
 from persona_pruner.learning.estimators import topk_mask
-from persona_pruner.learning.objective import mask_gradient
-
-CROSS_ENTROPY = ObjectiveConfig(cross_entropy=1, distillation=0)
 
 
 @dataclass(frozen=True)
@@ -84,32 +78,6 @@ def flap(backbone: Backbone, moments: ChannelMoments, kept: int) -> tuple[Tensor
     return keep_LI, torch.stack([weight @ mean_I for weight, mean_I in zip(outputs, dropped_LI, strict=True)])
 
 
-@contextlib.contextmanager
-def added_biases(backbone: Backbone, bias_LD: Tensor) -> Iterator[None]:
-    """Inside, every FFN's output has its layer's bias added."""
-
-    def hook(bias_D: Tensor) -> Any:
-        return lambda module, inputs, output: output + bias_D.to(output.dtype)
-
-    ffns = find_ffns(backbone.model)
-    hooks = [ffn.output.register_forward_hook(hook(bias_D)) for ffn, bias_D in zip(ffns, bias_LD, strict=True)]
-    try:
-        yield
-    finally:
-        for each in hooks:
-            each.remove()
-
-
-def taylor(calibration: Calibration) -> Tensor:
-    """|d cross-entropy / d mask| of each channel [L, I]."""
-    ((prefix, examples),) = examples_by_prefix(calibration.encoded)
-    settings = MicroBatchConfig(CROSS_ENTROPY, calibration.config.learning.micro_batch_tokens)
-    with BackboneRunner(calibration.backbone) as runner:
-        ones_PLI = torch.ones(1, runner.masks.layers, runner.masks.channels, device=calibration.backbone.device)
-        grad_PLI, _ = mask_gradient(runner, ones_PLI, [prefix], examples, settings)
-    return grad_PLI[0].abs()
-
-
 def blocks(backbone: Backbone) -> list[Any]:
     """The decoder blocks: the modules that hold an FFN's own module."""
     names = [ffn.name.rpartition(".")[0].rpartition(".")[0] for ffn in find_ffns(backbone.model)]
@@ -130,13 +98,9 @@ def block_influence(calibration: Calibration) -> Tensor:
 
         return see
 
-    hooks = [block.register_forward_hook(hook(number)) for number, block in enumerate(every)]
-    try:
+    with forward_hooks((block, hook(number)) for number, block in enumerate(every)):
         for ids in calibration.rows():
             calibration.backbone.model(ids, use_cache=False)
-    finally:
-        for each in hooks:
-            each.remove()
     return influence
 
 
@@ -146,8 +110,7 @@ def least_blocks(backbone: Backbone, influence: Tensor, removed: int) -> list[in
     return sorted(influence.argsort()[: max(round(removed / size), 1)].tolist())
 
 
-@contextlib.contextmanager
-def without_blocks(backbone: Backbone, numbers: list[int]) -> Iterator[None]:
+def without_blocks(backbone: Backbone, numbers: list[int]) -> AbstractContextManager[None]:
     """Inside, these blocks add nothing to what goes through them: both of their output projections give zeros."""
     every = blocks(backbone)
     outputs = [
@@ -157,9 +120,4 @@ def without_blocks(backbone: Backbone, numbers: list[int]) -> Iterator[None]:
         if name.rpartition(".")[2] in ("o_proj", "out_proj", "dense", "down_proj", "dense_4h_to_h", "fc2")
     ]
     assert len(outputs) == 2 * len(numbers), "a block with other projections than attention's and FFN's"
-    hooks = [module.register_forward_hook(lambda module, inputs, output: output * 0) for module in outputs]
-    try:
-        yield
-    finally:
-        for each in hooks:
-            each.remove()
+    return forward_hooks((module, lambda module, inputs, output: output * 0) for module in outputs)
