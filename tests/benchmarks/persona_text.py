@@ -94,6 +94,35 @@ def generic(rows: int = 128) -> PersonaData:
     )
 
 
+def foreign(count: int) -> list[Row]:
+    """Rows of nobody's whom the benchmarks prune for: half are instructions, half what other characters say in the
+    training split, without a question that is held out."""
+    spoken = read_jsonl("roleplay.jsonl.gz")
+    heldout = {_folded(row["question"]) for row in spoken if row["split"] == "heldout"}
+    others = [
+        Row(row["question"], row["answer"])
+        for row in spoken
+        if row["split"] == "train"
+        and row["source"].split("/")[0] in ("rolebench", "character-llm")
+        and row["persona_id"] not in ROLEPLAY
+        and _folded(row["question"]) not in heldout
+        and _is_short(row)
+    ]
+    instructions = [Row(a["instruction"], a["output"]) for a in read_jsonl("alpaca.jsonl.gz") if not a["input"]]
+    draw = random.Random(0)
+    rows = [*draw.sample(others, count // 2), *draw.sample(instructions, count - count // 2)]
+    draw.shuffle(rows)
+    return rows
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split()).lower()
+
+
+def _is_short(row: dict[str, str]) -> bool:
+    return len(row["question"].split()) <= 60 and 8 <= len(row["answer"].split()) <= 80
+
+
 def _persona(
     backbone: Backbone,
     config: RunConfig,
@@ -158,8 +187,7 @@ def roleplay(count: int, rows: int) -> list[tuple[Described, tuple[Row, ...]]]:
     """Personas of the shared data, with short held-out conversations."""
     spoken: dict[str, list[dict[str, str]]] = {persona_id: [] for persona_id in ROLEPLAY[:count]}
     for row in read_jsonl("roleplay.jsonl.gz"):
-        words = len(row["answer"].split())
-        if row["split"] == "heldout" and len(row["question"].split()) <= 60 and 8 <= words <= 80:
+        if row["split"] == "heldout" and _is_short(row):
             spoken.get(row["persona_id"], []).append(row)
     return [
         (Described(own[0]["persona_id"], own[0]["persona"]), tuple(Row(r["question"], r["answer"]) for r in own[:rows]))

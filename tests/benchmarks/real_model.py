@@ -5,25 +5,23 @@
 
 Half of the personas come from ../shared/data (conversations of RoleBench and Character-LLM), half from
 manifests/smollm2. Every stage is kept in --cache: answers, then masks, then the loss of every token; a rerun goes on
-where it stopped. `own, mended backbone` are the own masks on the checkpoint of jobs/recover_backbone.py. Generic text,
-of which the published baseline and the foreign rows are made, are the instructions of ../shared/data.
-Losses are reported over all answer tokens, and over the tenth whose log-probability the description
-changes most.
+where it stopped. `own, mended backbone` are the own masks on the checkpoint of jobs/recover_backbone.py. The published
+baseline looks at generic text, the instructions of ../shared/data. The rows of `objective.foreign` are half of these
+instructions and half of what other characters say there, unless `objective.generic_rows` names others. Losses are
+reported over all answer tokens, and over the tenth whose log-probability the description changes most.
 
 Shapes: L layers, I FFN channels, N answer tokens of a row.
 """
 
 import argparse
-import gzip
 import json
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from persona_text import SHARED, Speaker, generic, speakers
+from persona_text import Speaker, foreign, generic, speakers
 from safetensors.torch import load_file, save_file
 from token_tables import FREE_OF_TRAINING, TokenLosses, compare
 from torch import Tensor
@@ -51,7 +49,7 @@ from persona_pruner.masks.format import Mask
 
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "smollm2"
 ACTIVATION_ROWS, FISHER_ROWS = 96, 48
-GENERIC_ROWS = 4096
+FOREIGN_ROWS = 4096
 
 
 class PooledStart(TrainingCallbacks):
@@ -160,13 +158,12 @@ def mended(
     return load_backbone(config.backbone.model_copy(update={"path": str(to)}), deepspeed=False)
 
 
-def text_file(cache: Path) -> Path:
-    """The generic text as a file of the setting `objective.generic_rows`."""
-    file = cache / "generic.jsonl"
+def foreign_file(cache: Path) -> Path:
+    """The foreign rows as a file of the setting `objective.generic_rows`."""
+    file = cache / "foreign.jsonl"
     if not file.exists():
-        with gzip.open(SHARED / "alpaca.jsonl.gz", "rt", encoding="utf-8") as lines:
-            rows = [line for line in lines if not json.loads(line)["input"]]
-        file.write_text("".join(random.Random(0).sample(rows, GENERIC_ROWS)), encoding="utf-8")
+        rows = (json.dumps({"question": row.question, "answer": row.answer}) for row in foreign(FOREIGN_ROWS))
+        file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     return file
 
 
@@ -219,8 +216,8 @@ def main() -> None:
         options.set += ["learning.steps=1", "learning.pooled_steps=1", "synthesis.rewrite.max_new_tokens=8"]
         options.cache = options.cache.with_name("real_model_quick")
     options.cache.mkdir(parents=True, exist_ok=True)
-    text = f"learning.objective.generic_rows={text_file(options.cache).resolve()}"
-    config = load_config(options.config, [text, *options.set])
+    rows = f"learning.objective.generic_rows={foreign_file(options.cache).resolve()}"
+    config = load_config(options.config, [rows, *options.set])
     backbone = load_backbone(config.backbone, deepspeed=False)
     people = speakers(backbone, config, options, EXAMPLE / "personas.jsonl")
     result = {"matmul_share": round(matmul_share(backbone, config, people[0]), 3)}
