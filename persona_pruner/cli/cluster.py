@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from persona_pruner.cli.app import JsonOption, app, console
+from persona_pruner.cli.app import app, console
+from persona_pruner.cli.options import JsonOption
 
 
 @app.command()
