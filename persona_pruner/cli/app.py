@@ -28,8 +28,8 @@ def show(values: dict[str, Any], as_json: bool) -> None:
         say(f"{name.replace('_', ' ')}: {value}")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(f"persona-pruner {version('persona-pruner')}")
         raise typer.Exit
 

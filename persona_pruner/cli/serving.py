@@ -58,8 +58,9 @@ def serve(
         raise UserError(f"unknown argument {context.args[0]!r}: only --engine vllm takes further arguments")
     run(
         ServeOptions(
-            output, backbone, chosen, host, int(port), name, dtype.value, slots, compact, manifest, tuple(where),
-            refresh_seconds, tuple(api_key), tuple(context.args),
+            output=output, backbone=backbone, engine=chosen, host=host, port=int(port), name=name, dtype=dtype.value,
+            slots=slots, compact=compact, manifest=manifest, where=tuple(where), refresh_seconds=refresh_seconds,
+            api_keys=tuple(api_key), engine_arguments=tuple(context.args),
         )
     )  # fmt: skip
 
