@@ -91,7 +91,7 @@ faults: $(DEV_READY) ## Every fault of the test suite, and the seconds that it c
 	$(BIN)/python -m pytest -q tests/cluster -m "" --seconds-lost
 
 bench: $(DEV_READY) ## Every benchmark; the last line of each is JSON
-	for benchmark in $(filter-out %/persona_text.py %/rivals.py %/serving.py,$(wildcard tests/benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
+	for benchmark in $(filter-out %/serving.py,$(shell grep -l __main__ tests/benchmarks/*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark || exit 1; done
 
 bench-serving: $(SERVING_READY) ## What serving personas costs, in a vLLM engine
 	$(SERVING)/bin/python tests/benchmarks/serving.py --backbone $(BACKBONE)

@@ -5,19 +5,18 @@
 On a cluster: ray job submit --working-dir . -- python jobs/recover.py s3://... --config C
 """
 
-from typing import Annotated
-
 import typer
 
+from persona_pruner.cli.options import ConfigOption, OutputArgument, PersonaOption, SetOption
 from persona_pruner.run.main import exit_status
 from persona_pruner.run.recover import recover_masks
 
 
 def recover(
-    output: Annotated[str, typer.Argument(help="Output of a run: a directory or s3://bucket/prefix.")],
-    config: Annotated[str, typer.Option(help="Run configuration (YAML).")],
-    set_: Annotated[list[str], typer.Option("--set", help="Override a setting: recovery.rank=16.")] = [],  # noqa: B006
-    persona: Annotated[list[str], typer.Option(help="Id of a persona; may be given again.")] = [],  # noqa: B006
+    output: OutputArgument,
+    config: ConfigOption,
+    set_: SetOption = [],  # noqa: B006
+    persona: PersonaOption = [],  # noqa: B006
 ) -> None:
     raise typer.Exit(exit_status(lambda: recover_masks(output, config, set_, persona)))
 

@@ -13,19 +13,20 @@ from typing import Annotated, Any
 
 import typer
 
+from persona_pruner.cli.options import ConfigOption, ManifestArgument, SetOption
 from persona_pruner.run.main import exit_status
 
 
 def recover(
-    manifest: Annotated[str, typer.Argument(help="Persona rows: .jsonl, .csv or .parquet, local or s3://.")],
-    config: Annotated[str, typer.Option(help="Run configuration (YAML) of the output.")],
+    manifest: ManifestArgument,
+    config: ConfigOption,
     output: Annotated[str, typer.Option(help="Where data and masks are: a directory or s3://bucket/prefix.")],
     to: Annotated[Path, typer.Option(help="Directory of the mended backbone; must not exist yet.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps, each of two personas' rows.")] = 40,
     rate: Annotated[float, typer.Option(min=0, help="Adam's rate for the gains.")] = 0.02,
     rank: Annotated[int, typer.Option(min=0, help="Rank of the matrices' update; 0: gains alone.")] = 0,
     personas: Annotated[int, typer.Option(min=1, help="Masks to learn under, the first of the manifest.")] = 16,
-    set_: Annotated[list[str], typer.Option("--set", help="Override a setting.")] = [],  # noqa: B006
+    set_: SetOption = [],  # noqa: B006
 ) -> None:
     amount = {"steps": steps, "rate": rate, "rank": rank, "personas": personas}
     raise typer.Exit(exit_status(lambda: run(manifest, config, output, to, amount, set_)))

@@ -6,20 +6,19 @@
 On a cluster: ray job submit --working-dir . -- python jobs/train_masks.py MANIFEST --config C --output s3://...
 """
 
-from typing import Annotated
-
 import typer
 
+from persona_pruner.cli.options import ConfigOption, LimitOption, ManifestArgument, OutputOption, PartOption, SetOption
 from persona_pruner.run.main import Command, exit_status, run
 
 
 def train(
-    manifest: Annotated[str, typer.Argument(help="Persona rows: .jsonl, .csv or .parquet, local or s3://.")],
-    config: Annotated[str, typer.Option(help="Run configuration (YAML).")],
-    output: Annotated[str, typer.Option(help="Where everything goes: a directory or s3://bucket/prefix.")],
-    set_: Annotated[list[str], typer.Option("--set", help="Override a setting: learning.ratio=0.25.")] = [],  # noqa: B006
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N personas.")] = None,
-    part: Annotated[str | None, typer.Option(help="Only this part of the manifest, e.g. 3/10.")] = None,
+    manifest: ManifestArgument,
+    config: ConfigOption,
+    output: OutputOption,
+    set_: SetOption = [],  # noqa: B006
+    limit: LimitOption = None,
+    part: PartOption = None,
 ) -> None:
     command = Command(
         manifest=manifest, config=config, output=output, overrides=set_, limit=limit, part=part, synthesis=False

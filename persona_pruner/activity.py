@@ -7,7 +7,6 @@ import threading
 from dataclasses import dataclass, field
 
 LOADING = "loading the backbone"
-COMPILING = "compiling DeepSpeed's CPU operator"
 SCORING = "scoring"
 ANSWERING = "answering"
 

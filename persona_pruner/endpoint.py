@@ -111,7 +111,7 @@ class Endpoint:
         import openai
 
         seconds = self._settings.deadline_seconds
-        place = f"{self._client.base_url}: model {self._settings.model}"
+        endpoint = f"{self._client.base_url}: model {self._settings.model}"
         create: Any = self._client.chat.completions.create
         try:
             async with asyncio.timeout(seconds):
@@ -123,7 +123,7 @@ class Endpoint:
         except openai.APIStatusError as error:
             reasons = {401: "the key is refused; check OPENAI_API_KEY", 403: "the key has no permission"}
             reason = reasons.get(error.status_code, f"HTTP {error.status_code}: {_one_line(error)}")
-            raise EndpointError(f"{place}: {reason}") from None
+            raise EndpointError(f"{endpoint}: {reason}") from None
         except (openai.APIResponseValidationError, ValueError):
             return None
 

@@ -119,8 +119,8 @@ def _with_opposites(
             )
     if faults:
         return personas
-    found = {other: owns[0] for other, owns in named_by.items()} | dict(opposites)
-    return [replace(p, opposite=by_id[found[p.id]]) if p.id in found else p for p in personas]
+    opposite_of = {other: owns[0] for other, owns in named_by.items()} | dict(opposites)
+    return [replace(p, opposite=by_id[opposite_of[p.id]]) if p.id in opposite_of else p for p in personas]
 
 
 def _rows(url: str, data: bytes, faults: list[str]) -> Iterable[tuple[int, dict[str, Any]]]:

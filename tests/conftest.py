@@ -13,7 +13,9 @@ os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "manifests" / "quickstart"
-SHARED = ("", "backbone", "evaluation", "learning", "scheduling", "synthesis", "serving", "cluster", "docs")
+SHARED = (
+    "", "backbone", "evaluation", "learning", "scheduling", "synthesis", "serving", "cluster", "cluster_files", "docs",
+)  # fmt: skip
 sys.path[:0] = [str(Path(__file__).parent / part) for part in SHARED]
 
 

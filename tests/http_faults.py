@@ -11,6 +11,8 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlparse
 
+from local_server import local_server
+
 CUT = "cut"
 """The connection is reset in the middle of the answer's body."""
 CLOSE = "close"
@@ -79,16 +81,8 @@ def proxy(target: str) -> Iterator[Faults]:
     """Faults of the proxy at `.url` in front of the server `target` (http://host:port)."""
     faults = Faults(target)
     handler = type("Handler", (_Handler,), {"faults": faults})
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    faults.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    with local_server(handler) as faults.url:
         yield faults
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @contextmanager
@@ -103,14 +97,11 @@ def dull_server(says: bytes = b"", then: bytes = b"") -> Iterator[str]:
                 while not ended.wait(0.2):
                     self.request.sendall(then)
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    with local_server(Handler) as url:
         try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
+            yield url
         finally:
             ended.set()
-            server.shutdown()
 
 
 @contextmanager

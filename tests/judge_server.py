@@ -3,11 +3,12 @@
 import hashlib
 import json
 import math
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from local_server import local_server
 
 TOKENS = ["85", "90", " 70", "100", "Sure", "101", "7", "A", "B", "-5", "eighty"]
 
@@ -63,13 +64,5 @@ def judge_server() -> Iterator[JudgeServer]:
         usage = {"prompt_tokens": 10, "completion_tokens": 1, "total_tokens": 11}
         return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    state.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    with local_server(Handler) as state.url:
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from persona_pruner.errors import BackboneError, MaskError
 
@@ -61,6 +62,12 @@ def find_ffns(model: nn.Module) -> list[Ffn]:
             "(nn.Linear), one in each layer; mixtures of experts and other layouts cannot be masked"
         )
     return ffns
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The blocks of a transformers model, in their order."""
+    depth = model.config.num_hidden_layers  # type: ignore[union-attr]
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)  # type: ignore[arg-type]
 
 
 class ChannelMasks:
@@ -131,8 +138,8 @@ class ChannelMasks:
         return multiply
 
 
-def record_channels(model: nn.Module, see: Any) -> list[Any]:
-    """Hooks that call see(layer, hidden [..., I]) before every output projection; the caller removes them."""
+def record_channels(model: nn.Module, see: Callable[[int, Tensor], None]) -> contextlib.AbstractContextManager[None]:
+    """Inside, see(layer, hidden [..., I]) is called before every output projection."""
 
     def hook(layer: int) -> Any:
         def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -141,15 +148,29 @@ def record_channels(model: nn.Module, see: Any) -> list[Any]:
 
         return look
 
-    return [ffn.output.register_forward_pre_hook(hook(layer)) for layer, ffn in enumerate(find_ffns(model))]
+    return forward_pre_hooks((ffn.output, hook(layer)) for layer, ffn in enumerate(find_ffns(model)))
+
+
+def forward_hooks(
+    hooks: Iterable[tuple[nn.Module, Callable[..., Any]]],
+) -> contextlib.AbstractContextManager[None]:
+    """Inside, each module's output passes through its hook(module, inputs, output)."""
+    return _removed_at_the_end(module.register_forward_hook(hook) for module, hook in hooks)
+
+
+def forward_pre_hooks(
+    hooks: Iterable[tuple[nn.Module, Callable[..., Any]]],
+) -> contextlib.AbstractContextManager[None]:
+    """Inside, each module's inputs pass through its hook(module, inputs)."""
+    return _removed_at_the_end(module.register_forward_pre_hook(hook) for module, hook in hooks)
 
 
 @contextlib.contextmanager
-def forward_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Inside, each module's output passes through its hook(module, inputs, output)."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+def _removed_at_the_end(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """`handles` registers its hooks as it is iterated."""
+    registered = list(handles)
     try:
         yield
     finally:
-        for handle in handles:
+        for handle in registered:
             handle.remove()

@@ -70,9 +70,7 @@ def export_pruned(mask: Mask, backbone_config: BackboneConfig, to: Path, *, comp
     backbone = load_backbone(backbone_config, deepspeed=False)
     mask.check(f"mask of {mask.metadata.persona_id}", backbone_fingerprint=backbone.fingerprint)
     model: Any = backbone.model
-    refusal = export_refusal(model.config)
-    if refusal is not None:
-        raise BackboneError(f"cannot be exported: {refusal}; apply the mask to the backbone instead")
+    _check_exportable(model.config)
     before = {f"{name}_before": value for name, value in _figures(model).items()}
     with ChannelMasks(model) as masks:
         masks.set(mask.keep_LI.to(model.device).float())
@@ -98,12 +96,16 @@ def pruned_copy(model: Any, keep_LI: Tensor) -> Any:
 
     Raises BackboneError for an architecture that cannot be exported.
     """
-    refusal = export_refusal(model.config)
-    if refusal is not None:
-        raise BackboneError(f"cannot be exported: {refusal}; apply the mask to the backbone instead")
+    _check_exportable(model.config)
     pruned = copy.deepcopy(model)
     _shrink(pruned, keep_LI, compact=False)
     return pruned
+
+
+def _check_exportable(config: Any) -> None:
+    refusal = export_refusal(config)
+    if refusal is not None:
+        raise BackboneError(f"cannot be exported: {refusal}; apply the mask to the backbone instead")
 
 
 def _without_weights(config: Any) -> Any:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from persona_pruner.backbone.channels import ChannelMasks
+from persona_pruner.backbone.channels import ChannelMasks, decoder_layers
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.errors import BackboneError
 
@@ -175,8 +175,7 @@ class BackboneRunner:
 
         transformers' own switch turns caches off, and with them the shared prefix.
         """
-        depth = self.masks.layers
-        layers = next(m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+        layers = decoder_layers(self.model)
         for layer in layers:
             layer.forward = self._recompute(layer.forward)
         return list(layers)

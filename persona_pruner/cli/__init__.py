@@ -12,7 +12,7 @@ from persona_pruner.cli.app import app
 from persona_pruner.errors import UserError
 
 _MODULES = (runs, masks, evaluation, publishing, serving, cluster, settings)
-_ORDER = {module.__name__: place for place, module in enumerate(_MODULES)}
+_ORDER = {module.__name__: position for position, module in enumerate(_MODULES)}
 app.registered_commands.sort(key=lambda command: _ORDER.get(getattr(command.callback, "__module__", ""), len(_ORDER)))
 
 __all__ = ["app", "cluster", "evaluation", "main", "masks", "publishing", "runs", "settings"]

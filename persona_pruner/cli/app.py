@@ -1,4 +1,4 @@
-"""The application that the commands are registered with, their common options, and how they print."""
+"""The application that the commands are registered with, and how they print."""
 
 import json
 from importlib.metadata import version
@@ -14,17 +14,6 @@ app = typer.Typer(
 )
 console = Console()
 
-ManifestArgument = Annotated[str, typer.Argument(help="Persona rows: .jsonl, .csv or .parquet, local or s3://.")]
-OutputArgument = Annotated[str, typer.Argument(help="Output of a run: a directory or s3://bucket/prefix.")]
-ConfigOption = Annotated[str, typer.Option(help="Run configuration (YAML).")]
-OutputOption = Annotated[str, typer.Option(help="Where everything goes: a directory or s3://bucket/prefix.")]
-SetOption = Annotated[list[str], typer.Option("--set", help="Override a setting, e.g. learning.ratio=0.25.")]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first N personas.")]
-PartOption = Annotated[str | None, typer.Option(help="Only this part of the manifest, e.g. 3/10.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts, errors too.")]
-PersonaOption = Annotated[list[str], typer.Option("--persona", help="Id of a persona; may be given again.")]
-PersonaIdOption = Annotated[str, typer.Option("--persona", help="Id of the persona.")]
-
 
 def say(text: str) -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -39,8 +28,8 @@ def show(values: dict[str, Any], as_json: bool) -> None:
         say(f"{name.replace('_', ' ')}: {value}")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(f"persona-pruner {version('persona-pruner')}")
         raise typer.Exit
 

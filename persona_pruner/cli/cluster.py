@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from persona_pruner.cli.app import JsonOption, app, console
+from persona_pruner.cli.app import app, console
+from persona_pruner.cli.options import JsonOption
 
 
 @app.command()
@@ -22,7 +23,7 @@ def doctor(
 ) -> None:
     """Look whether everything that a job needs is in place, on every node; exits with 1 where something is not."""
     if address and address.startswith(("http://", "https://")):
-        raise typer.Exit(_there(address, output, config, env, as_json))
+        raise typer.Exit(_diagnose_by_job(address, output, config, env, as_json))
     from persona_pruner.config.load import load_config
     from persona_pruner.run.doctor import diagnose
 
@@ -43,7 +44,7 @@ def doctor(
     raise typer.Exit(1 if red else 0)
 
 
-def _there(address: str, output: str | None, config: str | None, env: list[str], as_json: bool) -> int:
+def _diagnose_by_job(address: str, output: str | None, config: str | None, env: list[str], as_json: bool) -> int:
     """The same as a job on the cluster, whose log is printed here."""
     from persona_pruner.run.submit import submit_job
 

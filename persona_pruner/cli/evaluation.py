@@ -6,10 +6,16 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from persona_pruner.cli.app import ConfigOption, JsonOption, OutputArgument, PersonaOption, SetOption, app, console, say
+from persona_pruner.cli.app import app, console, say
+from persona_pruner.cli.options import (
+    ConfigOption,
+    JsonOption,
+    OutputArgument,
+    PersonaOption,
+    SampleOption,
+    SetOption,
+)
 from persona_pruner.errors import EXIT_PERSONAS_FAILED
-
-SampleOption = Annotated[int | None, typer.Option(min=1, help="Only so many personas, drawn by their ids.")]
 
 
 @app.command()

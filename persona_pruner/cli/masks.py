@@ -8,16 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from persona_pruner.cli.app import (
-    JsonOption,
-    OutputArgument,
-    PersonaIdOption,
-    PersonaOption,
-    app,
-    console,
-    say,
-    show,
-)  # fmt: skip
+from persona_pruner.cli.app import app, console, say, show
+from persona_pruner.cli.options import JsonOption, OutputArgument, PersonaIdOption, PersonaOption, WhereOption
 from persona_pruner.errors import UserError
 
 catalog_app = typer.Typer(help="The index of all masks, catalog/*.parquet.", no_args_is_help=True)
@@ -34,7 +26,7 @@ def pull(
     output: OutputArgument,
     to: Annotated[Path, typer.Option(help="Directory to write to.")],
     persona: PersonaOption = [],  # noqa: B006
-    where: Annotated[list[str], typer.Option(help="Only masks with, e.g., ratio==0.5; may be given again.")] = [],  # noqa: B006
+    where: WhereOption = [],  # noqa: B006
     all_: Annotated[bool, typer.Option("--all", help="Every mask.")] = False,
     form: Annotated[PullFormat, typer.Option("--format", help="Mask objects, or index files (.pt).")] = PullFormat.mask,
     as_json: JsonOption = False,

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from persona_pruner.cli.app import JsonOption, OutputArgument, app, say
+from persona_pruner.cli.app import app, say
+from persona_pruner.cli.options import JsonOption, OutputArgument
 
 HUB_EXAMPLE = "hf://OWNER/NAME"
 BaseModelOption = Annotated[str | None, typer.Option(help="The backbone's name on the hub, for the card's metadata.")]

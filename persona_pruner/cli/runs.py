@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from persona_pruner.cli.app import (
+from persona_pruner.cli.app import app, console, say, show
+from persona_pruner.cli.options import (
     ConfigOption,
     JsonOption,
     LimitOption,
@@ -16,11 +17,7 @@ from persona_pruner.cli.app import (
     PartOption,
     PersonaIdOption,
     SetOption,
-    app,
-    console,
-    say,
-    show,
-)  # fmt: skip
+)
 
 
 @app.command()

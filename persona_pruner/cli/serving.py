@@ -8,12 +8,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from persona_pruner.cli.app import JsonOption, OutputArgument, app, console
+from persona_pruner.cli.app import app, console
+from persona_pruner.cli.options import BackboneOption, JsonOption, OutputArgument, PersonaIdOption, WhereOption
 from persona_pruner.errors import UserError
 
-BackboneOption = Annotated[str, typer.Option(help="The backbone that the masks were made for.")]
-WhereOption = Annotated[list[str], typer.Option(help="Only masks with, e.g., ratio==0.5; may be given again.")]
-PersonaIdOption = Annotated[str, typer.Option("--persona", help="Id of the persona.")]
 OtherOption = Annotated[str | None, typer.Option(help="Whose mask to compare with; default: the next persona.")]
 TokensOption = Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")]
 TemperatureOption = Annotated[float, typer.Option(min=0, help="0 is greedy.")]
@@ -60,8 +58,9 @@ def serve(
         raise UserError(f"unknown argument {context.args[0]!r}: only --engine vllm takes further arguments")
     run(
         ServeOptions(
-            output, backbone, chosen, host, int(port), name, dtype.value, slots, compact, manifest, tuple(where),
-            refresh_seconds, tuple(api_key), tuple(context.args),
+            output=output, backbone=backbone, engine=chosen, host=host, port=int(port), name=name, dtype=dtype.value,
+            slots=slots, compact=compact, manifest=manifest, where=tuple(where), refresh_seconds=refresh_seconds,
+            api_keys=tuple(api_key), engine_arguments=tuple(context.args),
         )
     )  # fmt: skip
 

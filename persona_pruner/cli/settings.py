@@ -8,7 +8,8 @@ from typing import Annotated, Any, get_args
 import typer
 from pydantic import BaseModel
 
-from persona_pruner.cli.app import JsonOption, app, console
+from persona_pruner.cli.app import app, console
+from persona_pruner.cli.options import JsonOption
 from persona_pruner.errors import ConfigError
 
 

@@ -3,7 +3,7 @@
 Every rank plans for all ranks, so that all run the same sequence of micro-batches and head chunks (their collectives
 would hang otherwise), and every rank takes its own rows out of the plan.
 
-Shapes: B rows, T tokens, N answer positions of a micro-batch.
+Shapes: B rows, T tokens, N answer positions of a micro-batch, D model width.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -117,6 +117,12 @@ def behind_prefix(
     for micro_batch in micro_batches:
         yield micro_batch, prefix_cache
     runner.masks.set(None)
+
+
+def answer_states(runner: BackboneRunner, micro_batch: MicroBatch, prefix_cache: PrefixCache | None) -> Tensor:
+    """Final hidden states [N, D] at the answer positions."""
+    hidden = runner.hidden(micro_batch.tokens_BT, prefix_cache, micro_batch.slot_B)
+    return hidden.flatten(0, 1).index_select(0, micro_batch.positions_N)
 
 
 def plan_micro_batches(

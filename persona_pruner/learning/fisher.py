@@ -10,8 +10,8 @@ from torch import Tensor
 
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.config.schema import ObjectiveConfig
-from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, plan
-from persona_pruner.learning.objective import answer_states, lm_head_loss_and_grad
+from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, answer_states, plan
+from persona_pruner.learning.objective import lm_head_loss_and_grad
 
 CROSS_ENTROPY = ObjectiveConfig(cross_entropy=1.0, distillation=0.0)
 

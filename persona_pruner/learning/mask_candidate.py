@@ -21,6 +21,7 @@ from persona_pruner.learning.budgets import free_widths, kept_channels
 from persona_pruner.learning.encoding import seeded
 from persona_pruner.learning.estimators import relaxed_mask, topk_mask, with_core
 from persona_pruner.learning.stoppers import Stopper
+from persona_pruner.masks.header import metadata_of
 
 logger = logging.getLogger(__name__)
 POOLED_VALUE_STEP = 20
@@ -196,7 +197,7 @@ def from_bytes(
 ) -> list[MaskCandidate] | None:
     """The candidates of a checkpoint, exactly as they were; None where it was made from other data or is unreadable."""
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        header = metadata_of(data)
         if header["data_sha256"] != data_sha256:
             return None
         tensors = {name: tensor.to(device) for name, tensor in load(data).items()}

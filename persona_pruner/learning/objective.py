@@ -18,7 +18,7 @@ from torch import Tensor
 
 from persona_pruner.backbone.forward import BackboneRunner, PrefixCache
 from persona_pruner.config.schema import ObjectiveConfig
-from persona_pruner.learning.batches import MicroBatch, MicroBatchConfig, TrainingExample, plan
+from persona_pruner.learning.batches import MicroBatch, MicroBatchConfig, TrainingExample, answer_states, plan
 from persona_pruner.learning.encoding import EncodedRow
 from persona_pruner.learning.teacher import TeacherCache, head_logits, log_probabilities
 
@@ -172,12 +172,6 @@ def lm_head_loss_and_grad(
             assert leaf.grad is not None
             grads.append(leaf.grad)
     return TokenLosses(torch.cat(cross_entropy), torch.cat(divergence), torch.cat(grads) if gradient else None)
-
-
-def answer_states(runner: BackboneRunner, micro_batch: MicroBatch, prefix_cache: PrefixCache | None) -> Tensor:
-    """Final hidden states [N, D] at the answer positions."""
-    hidden = runner.hidden(micro_batch.tokens_BT, prefix_cache, micro_batch.slot_B)
-    return hidden.flatten(0, 1).index_select(0, micro_batch.positions_N)
 
 
 def _backward_through_prefix(prefix_cache: PrefixCache, leaves: PrefixCache) -> None:

@@ -18,9 +18,9 @@ from persona_pruner.backbone.load import Backbone
 from persona_pruner.backbone.prompts import persona_prefix
 from persona_pruner.config.schema import LearningConfig, PromptConfig, RunConfig
 from persona_pruner.dataset import PersonaData, Row, read_generic_rows
-from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, behind_prefix
+from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample, answer_states, behind_prefix
 from persona_pruner.learning.encoding import EncodedData, EncodedRow, PooledData, encode, seeded
-from persona_pruner.learning.objective import answer_states, lm_head_loss_and_grad
+from persona_pruner.learning.objective import lm_head_loss_and_grad
 
 NOBODY = "A helpful assistant."
 """The description that stands for having none: a prompt of the same form."""

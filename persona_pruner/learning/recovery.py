@@ -30,6 +30,7 @@ from persona_pruner.dataset import PersonaData
 from persona_pruner.learning.callbacks import TrainingCallbacks
 from persona_pruner.learning.encoding import EncodedData, EncodedRow, batch, encode
 from persona_pruner.masks.format import Mask
+from persona_pruner.masks.header import metadata_of
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ class _Tuning:
         if data is None:
             return
         try:
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            header = metadata_of(data)
             if header["digest"] != self.digest:
                 return
             tensors = load(data)

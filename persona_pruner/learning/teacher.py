@@ -15,6 +15,7 @@ from persona_pruner.learning.batches import (
     MicroBatch,
     MicroBatchConfig,
     TrainingExample,
+    answer_states,
     behind_prefix,
     examples_by_prefix,
 )
@@ -71,8 +72,7 @@ class TeacherCache:
         """Run `examples`, which stand behind one prefix, through the unpruned model, on every rank of the world."""
         states: dict[RowKey, Tensor] = {}
         for micro_batch, prefix_cache in behind_prefix(runner, prefix, examples, settings):
-            hidden = runner.hidden(micro_batch.tokens_BT, prefix_cache, micro_batch.slot_B)
-            answers_ND = hidden.flatten(0, 1).index_select(0, micro_batch.positions_N)
+            answers_ND = answer_states(runner, micro_batch, prefix_cache)
             for example, rows_ND in zip(micro_batch.examples, micro_batch.split(answers_ND), strict=True):
                 states[example.key] = rows_ND * (example.weight > 0)
         if runner.backbone.sharded:

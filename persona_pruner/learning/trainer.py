@@ -170,11 +170,11 @@ class MaskTrainer:
                     runner.masks.channels,
                     settings.ratio,
                     settings.learning_rate,
-                    settings.name,
-                    start.widths_L,
-                    start.core_LI,
-                    steps,
-                    start.fisher_LI,
+                    name=settings.name,
+                    widths_L=start.widths_L,
+                    core_LI=start.core_LI,
+                    steps=steps,
+                    fisher_LI=start.fisher_LI,
                 )
             )
         return candidates

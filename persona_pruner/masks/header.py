@@ -122,19 +122,27 @@ def checked(adapter: TypeAdapter[Metadata], values: Mapping[str, Any], where: st
         return adapter.validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(map(str, fault["loc"]))
+        name = ".".join(map(str, fault["loc"]))
         message = fault["msg"].removeprefix("Value error, ")
-        raise MaskError(f"{where}: wrong header: {f'{place}: ' if place else ''}{message}") from None
+        raise MaskError(f"{where}: wrong header: {f'{name}: ' if name else ''}{message}") from None
 
 
 _KNOWN = _FIELDS | set(_RENAMED)
+
+
+def metadata_of(data: bytes) -> dict[str, Any]:
+    """The metadata of a safetensors object of which `data` is the beginning: the library reads it from files alone.
+
+    Raises ValueError, KeyError or TypeError where there is none.
+    """
+    return json.loads(data[8 : 8 + _length(data)])["__metadata__"]
 
 
 def read_header(data: bytes, where: str) -> dict[str, str]:
     """The metadata strings of a safetensors object of which `data` is the beginning. Raises MaskError where they are
     not those of a mask that this release reads."""
     try:
-        header = json.loads(data[8 : 8 + _length(data)])["__metadata__"]
+        header = metadata_of(data)
         if not all(isinstance(value, str) for value in header.values()):
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.dataset import CUT_OFF, NOT_SELECTED, USABLE, uses_unfinished_answers
+from persona_pruner.dataset import CUT_OFF, NOT_SELECTED
 from persona_pruner.storage import keys
+from persona_pruner.synthesis.commit import usable_outcomes
 
 _COUNT = re.compile(r"(\w+) (\d+)")
 
@@ -69,8 +70,8 @@ def _few_answers(config: RunConfig, messages: Sequence[str]) -> str:
     outcomes: Counter[str] = Counter()
     for message in messages:
         outcomes.update({name: int(count) for name, count in _COUNT.findall(message[message.rfind("(") :])})
-    usable = {USABLE, CUT_OFF} if uses_unfinished_answers(config) else {USABLE}
-    dropped = Counter({name: count for name, count in outcomes.items() if name not in {*usable, NOT_SELECTED}})
+    kept = {*usable_outcomes(config), NOT_SELECTED}
+    dropped = Counter({name: count for name, count in outcomes.items() if name not in kept})
     total = sum(outcomes.values()) - outcomes[NOT_SELECTED]
     if not dropped:
         return (

@@ -82,10 +82,10 @@ def ask_cluster(address: str, backbone: Any, output: str | None) -> tuple[Findin
         return Finding("ray", False, f"{address}: {_line(error)}", NO_RAY), []
     placed = []
     for node in (node for node in ray.nodes() if node["Alive"]):
-        place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": place}
-        there: Any = ray.remote(**options)
-        ask_clock, ask_facts = there(clock), there(node_facts)
+        affinity = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": affinity}
+        on_node: Any = ray.remote(**options)
+        ask_clock, ask_facts = on_node(clock), on_node(node_facts)
         placed.append((node, ask_clock, ask_facts.remote(backbone, output)))
     end = time.monotonic() + NODE_SECONDS
     nodes = [_node_of_cluster(node, read_clock, answer, end) for node, read_clock, answer in placed]
@@ -128,25 +128,25 @@ def _connection_fault(address: str) -> Finding | None:
     from ray._private import services
     from ray.core.generated.gcs_service_pb2 import CheckAliveReply  # type: ignore[attr-defined]
 
-    place = address
+    gcs_address = address
     if address == "auto":
         try:
-            place = services.canonicalize_bootstrap_address(address) or ""
+            gcs_address = services.canonicalize_bootstrap_address(address) or ""
         except ConnectionError:
-            place = ""
-        if not place:
+            gcs_address = ""
+        if not gcs_address:
             return Finding("ray", False, f"{address}: no Ray runs on this machine", NO_RAY)
     metadata = [("authorization", f"Bearer {token}")] if (token := _token_text()) else []
     try:
-        with grpc.insecure_channel(place) as channel:
+        with grpc.insecure_channel(gcs_address) as channel:
             call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
             version = CheckAliveReply.FromString(call(b"", timeout=10, metadata=metadata)).ray_version
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             remedy = "export RAY_AUTH_MODE=token and put the cluster's token into ~/.ray/auth_token"
-            return Finding("ray", False, f"{place}: the cluster does not take this token", remedy)
-        return Finding("ray", False, f"{place}: no Ray cluster answers ({error.code().name})", NO_RAY)
+            return Finding("ray", False, f"{gcs_address}: the cluster does not take this token", remedy)
+        return Finding("ray", False, f"{gcs_address}: no Ray cluster answers ({error.code().name})", NO_RAY)
     if version != ray.__version__:
         remedy = "install the cluster's version here, or ours there"
-        return Finding("ray", False, f"{place} runs Ray {version}, here is {ray.__version__}", remedy)
+        return Finding("ray", False, f"{gcs_address} runs Ray {version}, here is {ray.__version__}", remedy)
     return None

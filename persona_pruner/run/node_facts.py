@@ -30,7 +30,7 @@ def node_facts(backbone: Mapping[str, Any] | None, output: str | None) -> dict[s
         "shared_memory": _total("/dev/shm"),
         "compiler": shutil.which(os.environ.get("CXX", "g++")),
         "operators": _operators(),
-        "disks": {str(place): _disk(place) for place in (cache, Path("/tmp"))},
+        "disks": {str(directory): _disk(directory) for directory in (cache, Path("/tmp"))},
         "backbone": _backbone(backbone) if backbone else None,
         "output": _output(output) if output else None,
     }
@@ -79,7 +79,7 @@ def _disk(path: Path) -> dict[str, int]:
 
 
 def _backbone(settings: Mapping[str, Any]) -> dict[str, str]:
-    from persona_pruner.backbone.load import fingerprint, resolve
+    from persona_pruner.backbone.files import fingerprint, resolve
 
     try:
         return {"fingerprint": fingerprint(resolve(BackboneConfig.model_validate(settings)))}

@@ -81,17 +81,17 @@ def digests(request: RecoveryRequest, storage: Storage) -> dict[str, str]:
     faults: list[str] = []
     catalog = build_catalog(storage, request.config.storage.connections, columns, faults)
     rows = zip(*(catalog.column(name).to_pylist() for name in ("persona_id", *columns)), strict=True)
-    found = {
+    digest_by_id = {
         persona_id: digest_of_mask(request.config, keep, data_sha256)
         for persona_id, keep, data_sha256 in rows
         if keep is not None  # masks of single weights make no model smaller
     }
-    missing = [persona_id for persona_id in request.personas if persona_id not in found]
+    missing = [persona_id for persona_id in request.personas if persona_id not in digest_by_id]
     if missing:
         raise UserError(f"--persona {missing[0]}: {storage.url} holds no mask of FFN channels of it")
-    if not found:
+    if not digest_by_id:
         raise UserError(f"{storage.url}: holds no mask of FFN channels to tune after")
-    return {persona_id: found[persona_id] for persona_id in (request.personas or sorted(found))}
+    return {persona_id: digest_by_id[persona_id] for persona_id in (request.personas or sorted(digest_by_id))}
 
 
 def result(storage: Storage, persona_id: str, digest: str) -> Mapping[str, Any] | None:
@@ -133,9 +133,9 @@ def _report(
     for name in ("persona", "before", "after", "steps"):
         table.add_column(name, justify="left" if name == "persona" else "right")
     for persona_id, digest in personas.items():
-        if (found := result(storage, persona_id, digest)) is not None:
-            losses = ("" if loss is None else f"{loss:.3f}" for loss in (found["loss_before"], found["loss_after"]))
-            table.add_row(persona_id, *losses, str(found["steps"]))
+        if (stored := result(storage, persona_id, digest)) is not None:
+            losses = ("" if loss is None else f"{loss:.3f}" for loss in (stored["loss_before"], stored["loss_after"]))
+            table.add_row(persona_id, *losses, str(stored["steps"]))
     progress.console.print(table)
     for persona_id, message in failures.items():
         progress.say(f"failed {persona_id}: {message}")

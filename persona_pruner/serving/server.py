@@ -12,7 +12,7 @@ from typing import Literal
 from starlette.applications import Starlette
 from transformers import AutoConfig, AutoTokenizer
 
-from persona_pruner.backbone.load import fingerprint, resolve
+from persona_pruner.backbone.files import fingerprint, resolve
 from persona_pruner.backbone.prompts import dated_template, knows_system_role
 from persona_pruner.config.schema import BackboneConfig, StorageConfig
 from persona_pruner.errors import BackboneError, ConfigError

@@ -50,14 +50,14 @@ class TransformersEngine:
 
     def _keep(self, mask: RequestMask) -> Tensor:
         """bool [L, I]."""
-        found = self._resident.get(mask.digest)
-        if found is None:
-            keep_LI = torch.from_numpy(mask.keep(self._masks.layers, self._masks.channels))
-            found = self._resident[mask.digest] = keep_LI.to(self._masks.ffns[0].output.weight.device)
+        keep_LI = self._resident.get(mask.digest)
+        if keep_LI is None:
+            unpacked_LI = torch.from_numpy(mask.keep(self._masks.layers, self._masks.channels))
+            keep_LI = self._resident[mask.digest] = unpacked_LI.to(self._masks.ffns[0].output.weight.device)
             if len(self._resident) > self._slots:
                 self._resident.popitem(last=False)
         self._resident.move_to_end(mask.digest)
-        return found
+        return keep_LI
 
 
 class _MaskedManager(GenerateManager):

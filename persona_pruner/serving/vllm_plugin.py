@@ -149,16 +149,16 @@ def _output_projections(model: nn.Module, channels: int) -> dict[int, Any]:
     """The FFN's output projection of every layer on this rank, by layer index."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    found: dict[int, Any] = {}
+    projections: dict[int, Any] = {}
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _OUTPUT_PROJECTIONS and hasattr(module, "input_size_per_partition"):
             layer = extract_layer_index(name)
-            if layer in found or module.input_size != channels:
+            if layer in projections or module.input_size != channels:
                 raise BackboneError(f"{type(model).__name__}: layer {layer} has no plain FFN of {channels} channels")
-            found[layer] = module
-    if not found:
+            projections[layer] = module
+    if not projections:
         raise BackboneError(f"{type(model).__name__}: no FFN found (looked for {', '.join(_OUTPUT_PROJECTIONS)})")
-    return dict(sorted(found.items()))
+    return dict(sorted(projections.items()))
 
 
 def _largest_step(config: Any) -> int:

@@ -1,11 +1,12 @@
 """What one persona is asked and how it answers, for a reader at a terminal."""
 
+from collections import Counter
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
-from persona_pruner.dataset import NOT_SELECTED, read_table
+from persona_pruner.dataset import NOT_SELECTED, USABLE, read_table
 from persona_pruner.errors import PersonaError, UserError
 from persona_pruner.storage.base import Storage
 
@@ -17,16 +18,15 @@ def inspect_persona(storage: Storage, persona_id: str, count: int = 5) -> dict[s
     except PersonaError as error:
         raise UserError(str(error)) from None
     ordered = sorted(rows, key=lambda row: -row["score"])
-    outcomes: dict[str, int] = {}
-    for row in rows:
-        outcomes[row["filter"]] = outcomes.get(row["filter"], 0) + 1
+    outcomes = Counter(row["filter"] for row in rows)
+    usable = Counter(row["split"] for row in rows if row["filter"] == USABLE)
     distinct = {row["question_id"]: row for row in ordered}.values()
     shown = [{key: row[key] for key in ("question", "score")} for row in distinct]
     return {
         "persona_id": persona_id,
         "rows": len(rows),
-        "train": sum(row["split"] == "train" and row["filter"] == "ok" for row in rows),
-        "heldout": sum(row["split"] == "heldout" and row["filter"] == "ok" for row in rows),
+        "train": usable["train"],
+        "heldout": usable["heldout"],
         "outcomes": dict(sorted(outcomes.items())),
         "most_sensitive": shown[:count],
         "least_sensitive": shown[-count:],

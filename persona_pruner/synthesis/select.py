@@ -21,8 +21,8 @@ def select_questions(
 ) -> list[int]:
     """Positions of the chosen questions, best first (ties: by question id). A score of NaN is never chosen.
 
-    `excluded` holds comparison keys that must not be taken (the persona's evaluation
-    questions). `random` draws by `seed`.
+    `excluded` holds comparison keys that must not be taken (the persona's evaluation questions). `random` draws by
+    `seed`.
     """
     scores = scores_Q.tolist()
     scored = [i for i, score in enumerate(scores) if not math.isnan(score)]

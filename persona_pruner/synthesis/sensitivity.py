@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from persona_pruner import activity
+from persona_pruner.backbone.channels import decoder_layers, forward_hooks
 from persona_pruner.backbone.forward import BackboneRunner, PrefixCache, pad_rows
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.backbone.prompts import persona_prefix, question_suffix
@@ -46,7 +47,7 @@ class Sensitivity:
         self._prompt = config.prompt
         self._questions = list(questions)
         self._limit = config.synthesis.max_prompt_tokens
-        self._layers = _decoder_layers(backbone.model)
+        self._layers = decoder_layers(backbone.model)
         first, last = config.synthesis.layers or (0, len(self._layers) - 1)
         self._range = range(first, min(last, len(self._layers) - 1) + 1)
         self._plain = [self._suffix("A person.", question) for question in questions]
@@ -146,14 +147,10 @@ class Sensitivity:
             hidden = output if isinstance(output, Tensor) else output[0]
             kept.append(hidden[torch.arange(len(hidden)), lengths_Q - 1])
 
-        hooks = [self._layers[i].register_forward_hook(keep) for i in self._range]
-        try:
-            self.runner.masks.set(None)
-            rows = torch.zeros(len(tokens_QT), dtype=torch.long, device=tokens_QT.device)
+        self.runner.masks.set(None)
+        rows = torch.zeros(len(tokens_QT), dtype=torch.long, device=tokens_QT.device)
+        with forward_hooks((self._layers[i], keep) for i in self._range):
             self.runner.hidden(tokens_QT, prefix, rows if prefix is not None else None)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return torch.stack(kept)
 
 
@@ -188,8 +185,3 @@ class _Prompt:
 
 def same(one: Persona, other: Persona) -> bool:
     return one.id == other.id and one.description == other.description
-
-
-def _decoder_layers(model: nn.Module) -> nn.ModuleList:
-    depth = model.config.num_hidden_layers  # type: ignore[union-attr]
-    return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)  # type: ignore[arg-type]

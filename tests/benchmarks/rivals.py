@@ -2,7 +2,7 @@
 
 FLAP (arXiv 2312.11983): channels whose input to the output projection fluctuates least, standardized over the layers;
 their mean goes into a bias. ShortGPT (arXiv 2403.03853): whole blocks whose output is most like their
-input. Used by methods.py.
+input. Used by compared_methods.py.
 
 Shapes: L layers, I channels, N tokens, D model width.
 """
@@ -56,14 +56,10 @@ def channel_moments(calibration: Calibration) -> ChannelMoments:
         sum_LI[layer] += values_NI.sum(0)
         square_LI[layer] += values_NI.square().sum(0)
 
-    hooks = record_channels(calibration.backbone.model, see)
-    try:
+    with record_channels(calibration.backbone.model, see):
         for ids in calibration.rows():
             calibration.backbone.model(ids, use_cache=False)
             tokens += ids.numel()
-    finally:
-        for hook in hooks:
-            hook.remove()
     mean_LI = sum_LI / tokens
     return ChannelMoments(mean_LI.float(), (square_LI / tokens - mean_LI.square()).clamp_min(0).float())
 

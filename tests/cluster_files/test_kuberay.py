@@ -1,4 +1,4 @@
-"""The Kubernetes files as kustomize and helm build them, against KubeRay's definitions and Ray's autoscaler."""
+"""What every way to build the Kubernetes files must give, by KubeRay's definitions and Ray's autoscaler."""
 
 import re
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from cluster_objects import NAME, cluster_spec, pods
 
 from persona_pruner.config.load import load_config
 
@@ -15,7 +16,6 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 CRDS = ROOT.parent / "shared" / "kuberay"
 OVERLAYS = sorted(folder.name for folder in (CLUSTER / "kuberay" / "overlays").iterdir())
-NAME = "persona-pruner"
 
 
 def built(kustomize, helm_template, how):
@@ -33,18 +33,6 @@ EVERY_WAY = [
 @pytest.fixture(params=EVERY_WAY)
 def objects(request, kustomize, helm_template):
     return built(kustomize, helm_template, request.param)
-
-
-def cluster_spec(objects):
-    if job := objects.get(("RayJob", NAME)):
-        return job["spec"]["rayClusterSpec"]
-    if service := objects.get(("RayService", NAME)):
-        return service["spec"]["rayClusterConfig"]
-    return objects["RayCluster", NAME]["spec"]
-
-
-def pods(spec):
-    return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
 
 
 def strict(schema):
@@ -184,138 +172,6 @@ def test_the_shipped_configuration_fits_the_workers(objects):
     assert 0 < groups.num_gpus <= int(size["nvidia.com/gpu"])
     assert groups.num_cpus <= int(size["cpu"])
     assert groups.max <= worker["maxReplicas"] * int(size["nvidia.com/gpu"]) / groups.num_gpus
-
-
-def test_job_calls_the_entry_point_with_the_mounted_configuration(kustomize):
-    objects = kustomize("kuberay/overlays/kueue")
-    spec = objects["RayJob", NAME]["spec"]
-    assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "20"
-    words = spec["entrypoint"].split()
-    assert (ROOT / words[1].removeprefix("/opt/persona-pruner/")).is_file()
-    head = pods(spec["rayClusterSpec"])[0]["containers"][0]
-    assert str(Path(words[words.index("--config") + 1]).parent) in {m["mountPath"] for m in head["volumeMounts"]}
-
-
-def test_job_has_the_cluster_of_the_base_and_takes_its_place(kustomize):
-    base, job = kustomize("kuberay/base"), kustomize("kuberay/overlays/kueue")
-    assert cluster_spec(job) == cluster_spec(base)
-    assert ("RayCluster", NAME) not in job
-
-
-def test_service_has_the_cluster_of_the_base_with_an_image_that_serves(kustomize):
-    base, service = kustomize("kuberay/base"), kustomize("kuberay/overlays/serving")
-    assert ("RayCluster", NAME) not in service
-    expected = yaml.safe_load(yaml.safe_dump(cluster_spec(base)).replace("persona-pruner:", "persona-pruner-serving:"))
-    for pod in pods(expected):
-        pod["containers"][0]["ports"].append({"name": "serve", "containerPort": 8000})
-    assert cluster_spec(service) == expected
-    serve = yaml.safe_load(service["RayService", NAME]["spec"]["serveConfigV2"])
-    replica = serve["applications"][0]["deployments"][1]
-    (worker,) = expected["workerGroupSpecs"]
-    size = worker["template"]["spec"]["containers"][0]["resources"]["requests"]
-    for option, resource in (("num_cpus", "cpu"), ("num_gpus", "nvidia.com/gpu")):
-        assert replica["ray_actor_options"][option] <= int(size[resource])
-    assert replica["autoscaling_config"]["max_replicas"] <= worker["maxReplicas"]
-
-
-def test_kueue_admits_the_job_within_a_quota_that_holds_the_whole_cluster(kustomize):
-    objects = kustomize("kuberay/overlays/kueue")
-    job = objects["RayJob", NAME]
-    assert job["spec"]["suspend"] is True
-    assert job["spec"]["shutdownAfterJobFinishes"] is True
-    assert job["metadata"]["annotations"]["kueue.x-k8s.io/elastic-job"] == "true"
-    queue = objects["LocalQueue", job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]]
-    (group,) = objects["ClusterQueue", queue["spec"]["clusterQueue"]]["spec"]["resourceGroups"]
-    (flavor,) = group["flavors"]
-    assert ("ResourceFlavor", flavor["name"]) in objects
-    quota = {entry["name"]: int(entry["nominalQuota"].removesuffix("Gi")) for entry in flavor["resources"]}
-    spec = job["spec"]["rayClusterSpec"]
-    for name, amount in quota.items():
-        needed = 0
-        for count, group in ((1, spec["headGroupSpec"]), (8, spec["workerGroupSpecs"][0])):
-            request = group["template"]["spec"]["containers"][0]["resources"]["requests"].get(name, "0")
-            needed += count * int(request.removesuffix("Gi"))
-        assert amount >= needed
-
-
-@pytest.mark.parametrize("overlay", ["minio", "aws-irsa", "production"])
-def test_every_pod_of_an_overlay_finds_its_bucket(kustomize, overlay):
-    objects = kustomize(f"kuberay/overlays/{overlay}")
-    wanted = {"minio": {"AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"}}.get(overlay, {"AWS_REGION"})
-    for pod in pods(cluster_spec(objects)):
-        for container in pod["containers"] + pod.get("initContainers", []):
-            assert wanted <= {variable["name"] for variable in container["env"]}
-    if overlay == "minio":
-        (url,) = {v["value"] for v in pod["containers"][0]["env"] if v["name"] == "AWS_ENDPOINT_URL"}
-        service = objects["Service", url.removeprefix("http://").partition(":")[0]]
-        assert str(service["spec"]["ports"][0]["port"]) == url.rpartition(":")[2]
-    else:
-        assert "eks.amazonaws.com/role-arn" in objects["ServiceAccount", NAME]["metadata"]["annotations"]
-
-
-def test_spot_takes_the_workers_and_not_the_head(kustomize):
-    head, worker = pods(cluster_spec(kustomize("kuberay/overlays/spot")))
-    assert head["nodeSelector"] != worker["nodeSelector"]
-    assert "nvidia.com/gpu" in {toleration["key"] for toleration in worker["tolerations"]}
-
-
-def test_chart_passes_helm_lint(kubernetes_tools):
-    done = subprocess.run(
-        [kubernetes_tools / "helm" / "helm", "lint", "--strict", CLUSTER / "helm"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_chart_gives_what_kustomize_gives(kustomize, helm_template):
-    base, chart = kustomize("kuberay/base"), helm_template()
-    assert set(base) == set(chart)
-    for name in base:
-        assert base[name].get("spec") == chart[name].get("spec"), name
-    kueue, queued = kustomize("kuberay/overlays/kueue"), helm_template("job.enabled=true", "queue=personas")
-    job, charted = kueue["RayJob", NAME], queued["RayJob", NAME]
-    assert job["spec"] == charted["spec"]
-    assert job["metadata"]["annotations"] == charted["metadata"]["annotations"]
-    served, chart = kustomize("kuberay/overlays/serving"), helm_template("serving.enabled=true")
-    assert set(served) == set(chart)
-    for name in served:
-        specs = [objects[name].get("spec") for objects in (served, chart)]
-        for spec in specs:
-            if name[0] == "RayService":
-                spec["serveConfigV2"] = yaml.safe_load(spec["serveConfigV2"])
-        assert specs[0] == specs[1], name
-    monitored, production = helm_template("monitoring=true"), kustomize("kuberay/overlays/production")
-    for kind in ("PodMonitor", "PrometheusRule"):
-        assert monitored[kind, NAME]["spec"] == production[kind, NAME]["spec"]
-    name = ("ConfigMap", "persona-pruner-dashboard")
-    assert monitored[name]["data"]["dashboard.json"].strip() == production[name]["data"]["dashboard.json"].strip()
-
-
-def test_values_of_the_chart_reach_every_pod(helm_template):
-    objects = helm_template(
-        "image=here/ours:1", "secret=keys", "env.AWS_REGION=eu-west-1", "workers.gpus=4", "workers.cpus=32",
-        "workers.max=3", "roleArn=arn:aws:iam::1:role/x", "config.learning.steps=40", release="team-a",
-    )  # fmt: skip
-    spec = objects["RayCluster", "team-a"]["spec"]
-    for pod in pods(spec):
-        assert pod["serviceAccountName"] == "team-a"
-        for container in pod["containers"] + pod.get("initContainers", []):
-            assert container["image"] == "here/ours:1"
-            assert container["envFrom"][0]["secretRef"]["name"] == "keys"
-            assert {"name": "AWS_REGION", "value": "eu-west-1"} in container["env"]
-    (worker,) = spec["workerGroupSpecs"]
-    assert worker["maxReplicas"] == 3
-    limits = worker["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert (limits["nvidia.com/gpu"], limits["cpu"]) == ("4", "32")
-    assert yaml.safe_load(objects["ConfigMap", "team-a"]["data"]["run.yaml"]) == {"learning": {"steps": 40}}
-    role = objects["ServiceAccount", "team-a"]["metadata"]["annotations"]["eks.amazonaws.com/role-arn"]
-    assert role == "arn:aws:iam::1:role/x"
-
-
-def test_arguments_of_the_server_come_from_the_values_of_the_chart(helm_template):
-    spec = helm_template("serving.enabled=true", "serving.args.output=s3://other/run")["RayService", NAME]["spec"]
-    (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
-    assert application["args"]["output"] == "s3://other/run"
-    assert application["args"]["engine"] == "vllm"
 
 
 def test_init_container_pulls_the_backbone_into_the_cache(kustomize, bucket, example, tmp_path):

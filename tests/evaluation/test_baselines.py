@@ -38,10 +38,8 @@ def recorded(baselines):
     with torch.no_grad():
         for tokens, answer in answer_tokens(baselines):
             seen = {}
-            hooks = record_channels(model, lambda layer, hidden, seen=seen: seen.update({layer: hidden[0]}))
-            model(tokens)
-            for hook in hooks:
-                hook.remove()
+            with record_channels(model, lambda layer, hidden, seen=seen: seen.update({layer: hidden[0]})):
+                model(tokens)
             layers.append(torch.stack([seen[layer][answer] for layer in range(3)]))
     return torch.cat(layers, 1).double()
 

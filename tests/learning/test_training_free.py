@@ -4,11 +4,8 @@ from tiny_models import persona_data, tiny, tiny_config
 
 from persona_pruner.backbone.channels import find_ffns
 from persona_pruner.learning.encoding import encode
-from persona_pruner.learning.estimators import topk_mask
 from persona_pruner.learning.training_free import (
     activation,
-    contrastive,
-    contrastive_masks,
     magnitude,
     random,
     rank_normalize,
@@ -39,19 +36,6 @@ def test_activation_is_the_channels_size_at_the_answers_times_its_output_weights
         squares.append(seen[0][-row.answer - 1 : -1].square())
     wanted = torch.cat(squares).mean(0).sqrt() * ffn.output.weight.norm(dim=0)
     assert torch.allclose(activation(backbone, CONFIG, data)[2], wanted, rtol=1e-4)
-
-
-def test_opposed_personas_get_opposite_scores_and_disjoint_masks_where_asked(tmp_path):
-    backbone = tiny(tmp_path)
-    one, other = persona_data("Ann"), persona_data("Zacharias")
-    first, second = contrastive(backbone, CONFIG, one, other)
-    assert torch.equal(first, -second)
-    assert not (topk_mask(first, 32) & topk_mask(second, 32)).any()
-    masks = contrastive_masks(activation(backbone, CONFIG, one), activation(backbone, CONFIG, other), 40, 10)
-    for mask, scores, foreign in zip(masks, (first, second), (second, first), strict=True):
-        assert mask.sum(1).tolist() == [40] * 3
-        assert (mask | ~topk_mask(scores, 10)).all()
-        assert not (mask & topk_mask(foreign, 10)).any()
 
 
 def test_random_scores_come_from_the_seed(tmp_path):

@@ -2,11 +2,11 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 from command_line import run
+from local_server import local_server
 from tiny_models import COMMON, GATED, save_tiny, tokenizer
 from transformers import AutoConfig
 
@@ -126,10 +126,8 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with local_server(Hub) as url:
+        yield url
 
 
 RESOLVE = """

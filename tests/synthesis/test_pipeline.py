@@ -1,12 +1,12 @@
 """The pipeline on a local Ray: what one persona does wrong is its own, what nobody can work with is one line."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 import ray
 import tiny_models
+from local_server import local_server
 
 from persona_pruner.config.load import check_config
 from persona_pruner.dataset import read_persona_data
@@ -46,10 +46,8 @@ class MockEndpoint(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), MockEndpoint)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
+    with local_server(MockEndpoint) as url:
+        yield f"{url}/v1"
 
 
 def config(tmp_path, backend, **settings):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from persona_pruner.backbone.channels import forward_pre_hooks
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.learning.batches import MicroBatch, MicroBatchConfig, TrainingExample, behind_prefix
 
@@ -104,15 +105,11 @@ class _Recorder:
             gram_II = torch.zeros(linear.in_features, linear.in_features, device=device) if self.gram else None
             tokens = sum(example.row.answer for example in examples)
             self.statistics[name] = InputStatistics(sum_I, square_I, row_norm_I, gram_II, tokens, len(examples))
-        hooks = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in self.matrices.items()]
-        try:
+        with forward_pre_hooks((linear, self._hook(name)) for name, linear in self.matrices.items()):
             for micro_batch, prefix_cache in behind_prefix(self.runner, prefix, examples, settings):
                 self._look_at(micro_batch)
                 self.runner.hidden(micro_batch.tokens_BT, prefix_cache, micro_batch.slot_B)
-        finally:
-            self._positions_N = None
-            for hook in hooks:
-                hook.remove()
+        self._positions_N = None
         for own in self.statistics.values():
             for total in (own.sum_I, own.square_I, own.row_norm_I, own.gram_II):
                 if total is not None:
