@@ -1,5 +1,5 @@
-"""One mended backbone for all masks of a run: gains of channels and norms, and an update of low rank, that make up for
-what masks take away.
+"""One mended backbone for all masks of a run: refitted FFN outputs, gains of channels and norms, and an update of low
+rank, that make up for what masks take away.
 
 Masks stay what they are, a few kilobytes each. What they cost is partly the same for all of them, and that part is
 learned once, under the personas' own masks and on their rows, and folded into the weights: the result is a checkpoint
@@ -10,7 +10,7 @@ Shapes: P personas of a step, L layers, I channels, D width of a module's output
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample
 from persona_pruner.learning.encoding import batch, encode, seeded
 from persona_pruner.learning.objective import mask_gradient
 from persona_pruner.learning.persona_tokens import with_foreign_rows
+from persona_pruner.learning.refit import MaskedRows, refit_outputs
 from persona_pruner.learning.teacher import TeacherCache
 
 PERSONAS_PER_STEP = 2
@@ -38,6 +39,23 @@ LOW_RANK_RATE = 0.2
 WARM_UP_STEPS = 5
 NORM_RATE = 0.5
 """Rate of the norms' gains, which all channels of a block feel, as a part of the others'."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """How a backbone is mended. With `rank` 0 only gains are learned, with `refit_rows` 0 nothing is refitted."""
+
+    steps: int = 60
+    rate: float = 0.01
+    """Adam's for the gains."""
+    rank: int = 16
+    """Of the matrices' update."""
+    refit_rows: int = 1536
+    """Rows of all personas together on which the FFN outputs are refitted."""
+    foreign: float = 0.5
+    """Share of the rows that the personas did not write."""
+    personas: int = 16
+    """Under how many masks."""
 
 
 @dataclass(frozen=True)
@@ -127,32 +145,43 @@ class LowRank:
 
 
 def recover(
-    backbone: Backbone, config: RunConfig, masked: Sequence[Masked], steps: int, rate: float, rank: int = 0
+    backbone: Backbone,
+    config: RunConfig,
+    masked: Sequence[Masked],
+    recovery: Recovery,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[float]:
-    """Learn gains, and with a `rank` an update of the matrices, and at the end fold them into `backbone`, in place.
-    Yields every step's loss, nats per token.
+    """Mend `backbone`, in place. Yields every step's loss, nats per token.
 
-    Adam at `rate`, going down to 0 linearly; a step has the usual number of rows, of two personas under their masks,
-    `objective.foreign` of which they did not write. Raises BackboneError for a sharded backbone, PersonaError for rows
-    that cannot be used.
+    1. Refit the FFN output matrices in closed form, on `refit_rows` of the rows.
+    2. Learn gains, and with a `rank` an update of the matrices: Adam at `rate`, going down to 0 linearly; a step has
+       the usual number of rows, of two personas under their masks. The loss is KL(unpruned || masked).
+    3. Fold both into the weights.
+
+    `say` is told the layers that are refitted. Raises BackboneError for a sharded backbone, PersonaError for rows that
+    cannot be used.
     """
     if backbone.sharded:
         raise BackboneError("recovery needs the whole backbone in one process: groups.shards = 1")
-    settings, learning = MicroBatchConfig.of(config, backbone.device), config.learning
+    config = _distilling(config, recovery.foreign)
+    settings, learning, steps = MicroBatchConfig.of(config, backbone.device), config.learning, recovery.steps
     rows = _Rows(backbone, config, masked)
-    gains, low_rank = Gains(backbone.model), LowRank(backbone.model, rank, learning.seed)
+    gains, low_rank = Gains(backbone.model), LowRank(backbone.model, recovery.rank, learning.seed)
     teacher = TeacherCache(learning.objective.top_logits, learning.objective.head_tokens)
     groups = [
         {"params": gains.of_channels(), "factor": 1.0},
         {"params": gains.of_norms(), "factor": NORM_RATE},
         {"params": low_rank.parameters(), "factor": LOW_RANK_RATE},
     ]
-    optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=rate, betas=(0.9, 0.95), eps=1e-12)
+    optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=recovery.rate, betas=(0.9, 0.95), eps=1e-12)
     with BackboneRunner(backbone) as runner:
         for number, visited in rows.visited(steps).items():
             teacher.collect_rows(runner, rows.encoded[number], settings, visited)
+        if recovery.refit_rows:
+            for layer, (before, after) in enumerate(refit_outputs(runner, rows.masked(recovery.refit_rows), settings)):
+                say(f"layer {layer}: {before:.1%} of its hidden states' squares missing, {after:.1%} when refitted")
         for step in range(steps):
-            now = rate * min((step + 1) / WARM_UP_STEPS, 1) * (1 - step / steps)
+            now = recovery.rate * min((step + 1) / WARM_UP_STEPS, 1) * (1 - step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = now * group["factor"]
             optimizer.zero_grad()
@@ -168,6 +197,13 @@ def recover(
             yield float(loss.total.sum())
     low_rank.fold()
     gains.fold()
+
+
+def _distilling(config: RunConfig, foreign: float) -> RunConfig:
+    """The run's configuration, whatever its masks learned from, with what a mended backbone learns from."""
+    learned = {"cross_entropy": 0.0, "distillation": 1.0, "foreign": foreign}
+    objective = config.learning.objective.model_copy(update=learned)
+    return config.model_copy(update={"learning": config.learning.model_copy(update={"objective": objective})})
 
 
 def save_recovered(backbone: Backbone, to: Path) -> None:
@@ -201,6 +237,7 @@ class _Rows:
     def __init__(self, backbone: Backbone, config: RunConfig, masked: Sequence[Masked]) -> None:
         self.learning, objective = config.learning, config.learning.objective
         foreign = read_generic_rows(objective.generic_rows) if objective.foreign else ()
+        self.keeps = [each.keep_LI for each in masked]
         data = [with_foreign_rows(each.data, foreign, self.learning) for each in masked]
         limit = self.learning.max_row_tokens
         self.encoded = [encode(backbone.tokenizer, config.prompt, each, limit) for each in data]
@@ -215,6 +252,14 @@ class _Rows:
             number: batch(len(self.encoded[number].train), share, visit, seed, self.encoded[number].sha256)
             for number in chosen
         }
+
+    def masked(self, count: int) -> list[MaskedRows]:
+        """So many rows of all personas together, the first ones of their order."""
+        share, every = max(count // len(self.encoded), 1), []
+        for own, keep_LI in zip(self.encoded, self.keeps, strict=True):
+            numbers = batch(len(own.train), share, 0, self.learning.seed, own.sha256)
+            every.append(MaskedRows(own.prefixes[0], [own.train[n] for n in numbers], keep_LI))
+        return every
 
     def visited(self, steps: int) -> dict[int, set[int]]:
         every: dict[int, set[int]] = {}

@@ -1,31 +1,19 @@
-"""A backbone mended for the masks of an output: read them, learn the gains, and write it where it does better."""
+"""A backbone mended for the masks of an output: read them, mend it, and write it where it does better."""
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from persona_pruner.backbone.load import Backbone, load_backbone
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.dataset import read_persona_data, uses_unfinished_answers
+from persona_pruner.dataset import read_persona_data
 from persona_pruner.errors import MaskError
 from persona_pruner.evaluation.likelihood import heldout_loss
-from persona_pruner.learning.shared_recovery import Masked, check_free, recover, save_recovered
+from persona_pruner.learning.shared_recovery import Masked, Recovery, check_free, recover, save_recovered
 from persona_pruner.manifest import Persona
 from persona_pruner.masks.format import Mask
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recovery:
-    """How much is learned. `rate` is Adam's for the gains, `rank` that of the matrices' update (0: gains alone),
-    `personas` under how many masks."""
-
-    steps: int = 40
-    rate: float = 0.02
-    rank: int = 0
-    personas: int = 16
 
 
 def recover_backbone(
@@ -46,8 +34,7 @@ def recover_backbone(
     masked = list(_masked(config, personas, storage, backbone, recovery.personas))
     say(f"mending {backbone.name} under {len(masked)} masks, {recovery.steps} steps")
     before = _heldout(backbone, config, masked)
-    losses = recover(backbone, config, masked, recovery.steps, recovery.rate, recovery.rank)
-    for step, loss in enumerate(losses, 1):
+    for step, loss in enumerate(recover(backbone, config, masked, recovery, say), 1):
         if step == 1 or step % 10 == 0:
             say(f"step {step}: {loss:.4f} nats per token")
     after = _heldout(backbone, config, masked)
@@ -69,7 +56,7 @@ def _masked(
             where = f"{storage.url}/{key}"
             mask = Mask.from_bytes(storage.get(key), where)
             mask.check(where, persona.id, backbone.fingerprint)
-            data = read_persona_data(storage, persona, unfinished=uses_unfinished_answers(config))
+            data = read_persona_data(storage, persona, unfinished=True)
             masked.append(Masked(data, mask.keep_LI))
     if not masked:
         raise MaskError(f"{storage.url}: has no mask of the {len(personas)} personas; make masks first")

@@ -41,7 +41,7 @@ from persona_pruner.learning.fisher import fisher_scores
 from persona_pruner.learning.objective import mask_gradient
 from persona_pruner.learning.outcome import LearnedScores, TrainingResult
 from persona_pruner.learning.pooled import global_config, pooled_config, train_pooled
-from persona_pruner.learning.shared_recovery import Masked, recover, save_recovered
+from persona_pruner.learning.shared_recovery import Masked, Recovery, recover, save_recovered
 from persona_pruner.learning.teacher import TeacherCache
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.learning.training_free import activation
@@ -151,8 +151,13 @@ def mended(
     if not to.exists():
         backbone = load_backbone(config.backbone, deepspeed=False)
         masked = [Masked(who.data, own[who.id]) for who in people]
-        amount = (options.mending_steps, options.mending_rate, options.mending_rank)
-        losses = list(recover(backbone, config, masked, *amount))
+        recovery = Recovery(
+            steps=options.mending_steps,
+            rate=options.mending_rate,
+            rank=options.mending_rank,
+            refit_rows=options.refit_rows,
+        )
+        losses = list(recover(backbone, config, masked, recovery, print))
         save_recovered(backbone, to)
         print(f"{to.name}: made, {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
     return load_backbone(config.backbone.model_copy(update={"path": str(to)}), deepspeed=False)
@@ -204,15 +209,16 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=32)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--cache", type=Path, default=Path("runs/real_model"))
-    parser.add_argument("--mending-steps", type=int, default=40)
-    parser.add_argument("--mending-rate", type=float, default=0.01)
-    parser.add_argument("--mending-rank", type=int, default=8)
+    parser.add_argument("--refit-rows", type=int, default=Recovery.refit_rows)
+    parser.add_argument("--mending-steps", type=int, default=Recovery.steps)
+    parser.add_argument("--mending-rate", type=float, default=Recovery.rate)
+    parser.add_argument("--mending-rank", type=int, default=Recovery.rank)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.quick:
         options.personas, options.answers, options.heldout, options.ratios = 2, 8, 4, [0.25]
-        options.mending_steps = 1
+        options.mending_steps, options.refit_rows = 1, 16
         options.set += ["learning.steps=1", "learning.pooled_steps=1", "synthesis.rewrite.max_new_tokens=8"]
         options.cache = options.cache.with_name("real_model_quick")
     options.cache.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from persona_pruner.backbone.files import fingerprint
 from persona_pruner.backbone.load import load_backbone
 from persona_pruner.config.schema import BackboneConfig
 from persona_pruner.errors import BackboneError
-from persona_pruner.learning.shared_recovery import Gains, LowRank, Masked, recover, save_recovered
+from persona_pruner.learning.shared_recovery import Gains, LowRank, Masked, Recovery, recover, save_recovered
 
 
 def loaded(path):
@@ -21,7 +21,8 @@ def test_a_mended_backbone_does_better_under_every_mask_and_takes_the_first_ones
     backbone, config = loaded(path), tiny_config()
     drawn = torch.rand(2, 3, 64, generator=torch.Generator().manual_seed(0)) > 0.5
     masked = [Masked(persona_data(name), keep) for name, keep in zip(("Ann", "Bo"), drawn, strict=True)]
-    losses = list(recover(backbone, config, masked, 30, 0.02, rank))
+    recovery = Recovery(steps=30, rate=0.02, rank=rank, refit_rows=0, foreign=0)
+    losses = list(recover(backbone, config, masked, recovery))
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     save_recovered(backbone, tmp_path / "mended")
     assert fingerprint(tmp_path / "mended") == fingerprint(path) == loaded(tmp_path / "mended").fingerprint

@@ -7,9 +7,10 @@ from tiny_models import save_tiny, tiny_config
 from persona_pruner.backbone.files import fingerprint
 from persona_pruner.config.load import check_config
 from persona_pruner.errors import BackboneError, MaskError
+from persona_pruner.learning.shared_recovery import Recovery
 from persona_pruner.manifest import Persona
 from persona_pruner.masks.format import Mask
-from persona_pruner.run.recover_backbone import Recovery, recover_backbone
+from persona_pruner.run.recover_backbone import recover_backbone
 from persona_pruner.storage import keys
 from persona_pruner.storage.open import open_storage
 from persona_pruner.synthesis.commit import DataRow, commit
