@@ -177,7 +177,8 @@ class LocalStorage:
         return
 
     def incomplete_writes(self, before: float, remove: bool = False) -> Sequence[str]:
-        old = [path for path in sorted(self.root.rglob(f"{PART}*")) if path.stat().st_mtime < before]
+        parts = (Path(place, name) for place, _, names in os.walk(self.root) for name in names if name.startswith(PART))
+        old = [path for path in sorted(parts) if path.stat().st_mtime < before]
         for path in old if remove else ():
             path.unlink(missing_ok=True)
         return [path.relative_to(self.root).as_posix() for path in old]

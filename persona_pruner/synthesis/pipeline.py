@@ -30,7 +30,7 @@ from persona_pruner.synthesis.selection import Selection, score_and_select
 from persona_pruner.synthesis.sources import Question, load_question_set
 
 FIRST_TILE = 8
-"""What of a tile is a worker's first one: an eighth. Tiles of fewer personas are small anyway."""
+"""The first tile is so many times smaller; tiles of fewer personas are small anyway."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,12 @@ def read_inputs(config: RunConfig, output_url: str, references: Sequence[Persona
 
 
 def tiles_of(personas: Sequence[Persona], config: RunConfig, workers: int) -> list[Sequence[Persona]]:
-    """Tiles of `synthesis.tile_personas`, smaller ones where some of the workers would have none. Each worker's first
-    one is smaller too, so that the first masks need not wait for the data of a whole tile."""
+    """Tiles of `synthesis.tile_personas`, smaller ones where some of the workers would have none. The first one is
+    smaller too, so that the first masks need not wait for the data of a whole tile."""
     size = max(1, min(config.synthesis.tile_personas, -(-len(personas) // workers)))
-    first = size // FIRST_TILE
-    early, later = personas[: workers * first], personas[workers * first :]
-    tiles = [early[i : i + first] for i in range(0, len(early), first or 1)]
-    return tiles + [later[i : i + size] for i in range(0, len(later), size)]
+    first = size // FIRST_TILE or size
+    tiles = [personas[:first], *(personas[i : i + size] for i in range(first, len(personas), size))]
+    return [tile for tile in tiles if tile]
 
 
 def synthesize(
