@@ -76,7 +76,7 @@ class _Part:
 def mask_objects(storage: Storage) -> dict[str, ObjectInfo]:
     """Persona id to mask object, of all masks below `storage`."""
     masks: dict[str, ObjectInfo] = {}
-    for item in storage.list(keys.MASKS):
+    for item in storage.match(*keys.EVERY_MASK):
         persona_id = keys.persona_of_mask(item.key)
         if persona_id is not None and (persona_id not in masks or item.key == keys.mask(persona_id)):
             masks[persona_id] = item

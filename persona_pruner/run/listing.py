@@ -26,11 +26,12 @@ class PersonaListing:
 def list_personas(storage: Storage) -> list[PersonaListing]:
     """Every persona that has left a trace below `storage`, in order of ids. Raises MaskError, StorageError."""
     listings: dict[str, PersonaListing] = {}
-    traces: tuple[tuple[str, State], ...] = ((keys.SYNTHESIS, "answered"), (keys.CHECKPOINTS, "training"))
-    for prefix, state in traces:
-        for item in storage.list(prefix):
-            persona_id = keys.persona_of(item.key, prefix)
-            listings[persona_id] = PersonaListing(persona_id, state)
+    for item in storage.match(keys.EVERY_DATA):
+        persona_id = keys.persona_of(item.key, keys.SYNTHESIS)
+        listings[persona_id] = PersonaListing(persona_id, "answered")
+    for item in storage.list(keys.CHECKPOINTS):
+        persona_id = keys.persona_of(item.key, keys.CHECKPOINTS)
+        listings[persona_id] = PersonaListing(persona_id, "training")
     for row in build_catalog(storage, columns=("ratio", "unpruned_loss", "masked_loss")).to_pylist():
         listings[row["persona_id"]] = PersonaListing(
             row["persona_id"], "masked", row["unpruned_loss"], row["masked_loss"], row["ratio"], row["size"]

@@ -49,7 +49,9 @@ def masked_personas(personas: Sequence[Persona], storage: Storage, identity: Ide
 
 
 FEW = 100
-"""So many personas are asked for one by one, sooner than all data are listed."""
+DONE_PER_ASKED = 20
+"""So many personas are asked for one by one, or one for each so many that are done: sooner than all data are listed,
+of which theirs are a small share."""
 
 
 def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
@@ -58,7 +60,8 @@ def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
     errors = {keys.persona_of(item.key, keys.ERRORS) for item in storage.list(keys.ERRORS)}
     finished = {p.id for p in done}
     unfinished = [p for p in manifest.personas if p.id not in finished]
-    with_data = _with_objects(unfinished, storage) if len(unfinished) > FEW else unfinished
+    few = len(unfinished) <= max(FEW, len(done) // DONE_PER_ASKED)
+    with_data = unfinished if few else _with_objects(unfinished, storage)
     with ThreadPoolExecutor(identity.config.storage.connections) as pool:
         current = list(pool.map(lambda persona: is_current(storage, persona), with_data))
     train = [persona for persona, fits in zip(with_data, current, strict=True) if fits]
@@ -69,5 +72,5 @@ def make_plan(manifest: Manifest, storage: Storage, identity: Identity) -> Plan:
 
 
 def _with_objects(personas: Sequence[Persona], storage: Storage) -> list[Persona]:
-    data = {keys.persona_of(item.key, keys.SYNTHESIS) for item in storage.list(keys.SYNTHESIS)}
+    data = {keys.persona_of(item.key, keys.SYNTHESIS) for item in storage.match(keys.EVERY_DATA)}
     return [persona for persona in personas if persona.id in data]

@@ -53,6 +53,10 @@ class Storage(Protocol):
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Objects whose key begins with `prefix`, in order of their keys, fetched page by page."""
 
+    def match(self, *patterns: str) -> Iterator[ObjectInfo]:
+        """Objects whose key is one of `patterns`, where `*` stands for any whole part of a key, in any order. Among
+        many objects cheaper than `list` on a directory, which is not looked into for what else it holds."""
+
     def delete(self, key: str) -> None:
         """Remove; it is fine if nothing is there."""
 

@@ -58,6 +58,11 @@ def mask_of_format_1(persona_id: str) -> str:
     return f"{MASKS}{persona_id}/mask.safetensors"
 
 
+# Patterns for `Storage.match`.
+EVERY_MASK = (mask_of_format_1("*/*"), mask_of_format_1("*"))
+EVERY_DATA = persona_data("*")
+
+
 def persona_of_mask(key: str) -> str | None:
     """The persona id in the key of a mask, of this format or of format 1; None where it is another object's key."""
     name = key.removesuffix("/mask.safetensors").rpartition("/")[2]

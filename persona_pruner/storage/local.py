@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from persona_pruner.config.schema import StorageConfig
@@ -13,6 +15,10 @@ from persona_pruner.storage.base import NotFoundError, ObjectInfo, T, TransientE
 
 PART = ".part-"
 """Beginning of the names of files that are still being written."""
+THREADS = 8
+"""That look at files at once: where directories are not in memory, each look waits for the disk."""
+BLOCK = 500
+"""Files that one of them looks at in a row."""
 
 
 class LocalStorage:
@@ -110,6 +116,36 @@ class LocalStorage:
                     status = entry.stat()
                     yield ObjectInfo(key, status.st_size, status.st_mtime)
 
+    def match(self, *patterns: str) -> Iterator[ObjectInfo]:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for pattern in patterns:
+                *above, name = pattern.split("*")
+                places = [""]
+                for between in above:
+                    places = [
+                        f"{place}{between}{child}" for place in places for child in self._children(place + between)
+                    ]
+                keys = [place + name for place in places]
+                blocks = (keys[start : start + BLOCK] for start in range(0, len(keys), BLOCK))
+                for items in pool.map(self._files, blocks):
+                    yield from items
+
+    def _children(self, directory: str) -> Sequence[str]:
+        try:
+            return sorted(os.listdir(self.root / directory))
+        except (FileNotFoundError, NotADirectoryError):
+            return ()
+
+    def _files(self, keys: Iterable[str]) -> Sequence[ObjectInfo]:
+        """Those of `keys` that are there."""
+        items = []
+        for key in keys:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                status = os.stat(f"{self.root}/{key}")
+                if stat.S_ISREG(status.st_mode):
+                    items.append(ObjectInfo(key, status.st_size, status.st_mtime))
+        return items
+
     def delete(self, key: str) -> None:
         path = self._path(key)
         path.unlink(missing_ok=True)
@@ -141,7 +177,8 @@ class LocalStorage:
         return
 
     def incomplete_writes(self, before: float, remove: bool = False) -> Sequence[str]:
-        old = [path for path in sorted(self.root.rglob(f"{PART}*")) if path.stat().st_mtime < before]
+        parts = (Path(place, name) for place, _, names in os.walk(self.root) for name in names if name.startswith(PART))
+        old = [path for path in sorted(parts) if path.stat().st_mtime < before]
         for path in old if remove else ():
             path.unlink(missing_ok=True)
         return [path.relative_to(self.root).as_posix() for path in old]

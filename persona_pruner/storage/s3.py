@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import threading
 import time
 import uuid
@@ -214,6 +215,11 @@ class S3Storage:
             if not page.get("IsTruncated"):
                 return
             arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+    def match(self, *patterns: str) -> Iterator[ObjectInfo]:
+        wanted = re.compile("|".join(re.escape(pattern).replace(r"\*", "[^/]+") for pattern in patterns))
+        prefix = os.path.commonpath(patterns).partition("*")[0]
+        return (item for item in self.list(prefix) if wanted.fullmatch(item.key))
 
     def delete(self, key: str) -> None:
         name = self._name(key)

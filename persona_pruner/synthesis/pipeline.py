@@ -29,6 +29,9 @@ from persona_pruner.synthesis.scoring_worker import open_backbone
 from persona_pruner.synthesis.selection import Selection, score_and_select
 from persona_pruner.synthesis.sources import Question, load_question_set
 
+FIRST_TILE = 8
+"""The first tile is so many times smaller; tiles of fewer personas are small anyway."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -48,9 +51,12 @@ def read_inputs(config: RunConfig, output_url: str, references: Sequence[Persona
 
 
 def tiles_of(personas: Sequence[Persona], config: RunConfig, workers: int) -> list[Sequence[Persona]]:
-    """Tiles of `synthesis.tile_personas`, smaller ones where some of the workers would have none."""
+    """Tiles of `synthesis.tile_personas`, smaller ones where some of the workers would have none. The first one is
+    smaller too, so that the first masks need not wait for the data of a whole tile."""
     size = max(1, min(config.synthesis.tile_personas, -(-len(personas) // workers)))
-    return [personas[i : i + size] for i in range(0, len(personas), size)]
+    first = size // FIRST_TILE or size
+    tiles = [personas[:first], *(personas[i : i + size] for i in range(first, len(personas), size))]
+    return [tile for tile in tiles if tile]
 
 
 def synthesize(

@@ -133,3 +133,21 @@ def test_many_personas_without_masks_are_looked_for_in_one_listing(tmp_path, ide
     assert ids(make_plan(Manifest("m", people, ()), storage, identity).to_train) == ["p3", "p7"]
     assert sorted(asked) == ["p3", "p7"]
     assert ids(make_plan(Manifest("m", people[:5], ()), storage, identity).to_train) == ["p3"]
+
+
+def test_few_beside_many_that_are_done_are_asked_for_without_a_listing(tmp_path, identity, monkeypatch):
+    monkeypatch.setattr(plan, "FEW", 0)
+    monkeypatch.setattr(plan, "DONE_PER_ASKED", 2)
+    storage = open_storage(tmp_path / "out")
+    people = manifest(*"abcdef").personas
+    for persona in people[:4]:
+        put_mask(storage, identity, persona)
+    put_data(storage, people[4])
+    looked_for = []
+    match = storage.match
+    monkeypatch.setattr(storage, "match", lambda *patterns: looked_for.extend(patterns) or match(*patterns))
+    left = make_plan(Manifest("m", people, ()), storage, identity)
+    assert (len(left.done), ids(left.to_train), ids(left.to_synthesize)) == (4, ["p4"], ["p5"])
+    assert keys.EVERY_DATA not in looked_for
+    make_plan(Manifest("m", people[3:], ()), storage, identity)
+    assert keys.EVERY_DATA in looked_for

@@ -82,6 +82,21 @@ def test_many_objects_come_in_pages(storage):
     assert [item.key for item in storage.list("many/")] == [f"many/{n:05d}" for n in range(1100)]
 
 
+def test_patterns_find_what_a_listing_holds_and_nothing_beside(storage):
+    for key in ("ab/x/mask", "ab/y.z/mask", "ab/mask", "old/mask", "old/mask2", "stray", "ab/x/deep/mask"):
+        storage.put(f"m/{key}", key.encode())
+    listed = {item.key: item for item in storage.list()}
+
+    def matching(*patterns):
+        items = list(storage.match(*patterns))
+        assert all(item == listed[item.key] for item in items)
+        return sorted(item.key for item in items)
+
+    assert matching("m/*/*/mask") == ["m/ab/x/mask", "m/ab/y.z/mask"]
+    assert matching("m/*/*/mask", "m/*/mask") == ["m/ab/mask", "m/ab/x/mask", "m/ab/y.z/mask", "m/old/mask"]
+    assert matching("nothing/*/mask") == []
+
+
 def test_travels_to_another_process(storage):
     storage.put("key", b"value")
     assert pickle.loads(pickle.dumps(storage)).get("key") == b"value"

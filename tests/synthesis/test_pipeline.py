@@ -75,6 +75,14 @@ def test_tiles_are_full_where_every_worker_has_some_and_smaller_where_not():
     assert [persona for tile in tiles_of(people, settings, 100) for persona in tile] == people
 
 
+def test_the_first_tile_is_small_so_that_the_first_masks_come_early():
+    settings = check_config({"synthesis": {"tile_personas": 16}})
+    people = [Persona(f"p{n}", "x") for n in range(40)]
+    tiles = tiles_of(people, settings, 2)
+    assert [len(tile) for tile in tiles] == [2, 16, 16, 6]
+    assert [persona for tile in tiles for persona in tile] == people
+
+
 def synthesized(tmp_path, settings):
     results = synthesize(settings, PEOPLE, [p.id for p in PEOPLE], str(tmp_path / "out"), PEOPLE)
     return {result.persona_id: result for result in results}
