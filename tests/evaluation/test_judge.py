@@ -35,18 +35,18 @@ RECORDED = [
 ]
 
 
-def plain_score(top):
+def plain_score(top, least_mass=0.25, scale=100):
     total = weighted = 0.0
     for token, logprob in top:
         try:
             value = int(token.strip())
         except ValueError:
             continue
-        if 0 <= value <= 100:
+        if 0 <= value <= scale:
             probability = math.e**logprob
             total += probability
-            weighted += probability * value
-    return None if total < 0.25 else weighted / total
+            weighted += probability * value * 100 / scale
+    return None if total < least_mass or total == 0 else weighted / total
 
 
 @pytest.mark.parametrize("top", RECORDED, ids=str)
@@ -56,13 +56,19 @@ def test_a_score_is_the_expectation_over_number_tokens(top):
 
 @pytest.mark.parametrize("reply", RECORDED_BY_VLLM, ids=lambda reply: reply["aspect"])
 def test_replies_recorded_from_a_vllm_server_give_what_the_formula_says(reply):
-    """The shipped backbone, asked to judge, has its letters for A and B and no number among its 20 likeliest tokens."""
-    probabilities = {token: math.exp(logprob) for token, logprob in reply["top"]}
+    """The shipped backbone, asked which reply is better, has letters and no number among its 20 likeliest tokens;
+    SmolLM2, asked for a digit, has digits there."""
+    top = reply["top"]
+    probabilities = {token: math.exp(logprob) for token, logprob in top}
     assert len(probabilities) == 20
-    assert expected_score(reply["top"], 0.0) is plain_score(reply["top"]) is None
+    if "scale" in reply:
+        scores = [expected_score(top, least_mass, reply["scale"]) for least_mass in (0.005, 0.5)]
+        assert scores == [pytest.approx(plain_score(top, 0.005, reply["scale"])), None]
+        return
+    assert expected_score(top, 0.0) is plain_score(top, 0.0) is None
     a, b = probabilities["A"], probabilities.get("B", 0.0)
-    assert preference(reply["top"], 0.1) == pytest.approx(100 * a / (a + b))
-    assert preference(reply["top"], 0.9) is None
+    assert preference(top, 0.1) == pytest.approx(100 * a / (a + b))
+    assert preference(top, 0.9) is None
 
 
 def test_what_has_too_little_mass_on_numbers_is_unscored():
