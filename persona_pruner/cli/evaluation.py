@@ -39,13 +39,20 @@ def benchmark(
     config: ConfigOption,
     persona: PersonaOption,
     set_: SetOption = [],  # noqa: B006
+    rivals: Annotated[
+        bool,
+        typer.Option(
+            "--rivals",
+            help="Also under one mask for all and evaluation.answers.baselines, as wide as the first persona's mask.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run the tasks of evaluation.benchmarks with lm-eval, unpruned and under the masks of these personas."""
     from persona_pruner.backbone.load import load_backbone
     from persona_pruner.config.load import load_config
     from persona_pruner.errors import ConfigError
-    from persona_pruner.evaluation.benchmarks import COLUMNS
+    from persona_pruner.evaluation.benchmarks import COLUMNS, rivals_of
     from persona_pruner.evaluation.benchmarks import benchmark as run
     from persona_pruner.storage.open import open_storage
 
@@ -53,7 +60,9 @@ def benchmark(
     if not settings.evaluation.benchmarks.tasks:
         raise ConfigError("evaluation.benchmarks.tasks: names no task; set it to tasks of lm-eval, e.g. [arc_easy]")
     backbone = load_backbone(settings.backbone, deepspeed=False)
-    rows = run(backbone, open_storage(output, settings.storage), settings.evaluation.benchmarks, persona)
+    storage = open_storage(output, settings.storage)
+    others = rivals_of(backbone, settings, storage, persona[0]) if rivals else []
+    rows = run(backbone, storage, settings.evaluation.benchmarks, persona, others)
     if as_json:
         print(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows], indent=1))
         return

@@ -48,14 +48,14 @@ Someone asked: {question}
 The reply: {answer}
 
 Could this character have said this, in its voice, with its knowledge and its values? Rate the fit from 0 (somebody \
-else is speaking, or nobody) to 100 (unmistakably this character). Write the number and nothing else."""
+else is speaking, or nobody) to {scale} (unmistakably this character). Write the number and nothing else."""
 DEFAULT_COHERENCE = """You rate how well a reply is written, whoever says it.
 
 Someone asked: {question}
 The reply: {answer}
 
-Is it understandable, whole, and an answer to what was asked? Rate it from 0 (noise) to 100 (clear and to the point). \
-Do not rate whether you agree. Write the number and nothing else."""
+Is it understandable, whole, and an answer to what was asked? Rate it from 0 (noise) to {scale} (clear and to the \
+point). Do not rate whether you agree. Write the number and nothing else."""
 DEFAULT_PREFERENCE = """You compare two replies of the same character.
 
 Character: {persona}
@@ -70,7 +70,7 @@ nothing else."""
 
 class JudgePrompts(Section):
     consistency: str = DEFAULT_CONSISTENCY
-    """May contain {persona}, {question} and {answer}; must ask for one whole number from 0 to 100."""
+    """May contain {persona}, {question} and {answer}; must ask for one whole number from 0 to {scale}."""
     coherence: str = DEFAULT_COHERENCE
     """The same."""
     preference: str = DEFAULT_PREFERENCE
@@ -121,6 +121,9 @@ class JudgeConfig(EndpointConfig):
     """What each answer is scored for, 0 to 100."""
     pairs: tuple[Literal["unpruned", "global", "other"] | Baseline, ...] = ()
     """Arms whose answers are compared with those of the own mask, in both orders."""
+    scale: Annotated[int, Field(ge=1, le=100)] = 100
+    """The best score that it may give, {scale} in the prompts; figures are from 0 to 100 all the same. A judge whose
+    tokenizer writes 42 as two tokens (Qwen's, Gemma's, Mistral's) needs 9."""
     top_logprobs: Annotated[int, Field(ge=1, le=100)] = 20
     """Tokens whose probabilities make the score: its expectation."""
     least_mass: Annotated[float, Field(ge=0, le=1)] = 0.25

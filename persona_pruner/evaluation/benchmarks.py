@@ -11,7 +11,10 @@ from typing import Any
 from persona_pruner.backbone.channels import ChannelMasks
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.evaluation import BenchmarksConfig
+from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import ConfigError, UserError
+from persona_pruner.evaluation.baselines import Baselines, added_biases
+from persona_pruner.evaluation.subject import AnswerTask, Arm, read_subject, stored_global_mask
 from persona_pruner.masks.format import Mask
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import NotFoundError, Storage
@@ -55,31 +58,49 @@ def _rows(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def benchmark(
-    backbone: Backbone, storage: Storage, settings: BenchmarksConfig, persona_ids: Sequence[str]
+    backbone: Backbone,
+    storage: Storage,
+    settings: BenchmarksConfig,
+    persona_ids: Sequence[str],
+    rivals: Sequence[Arm] = (),
 ) -> list[list[Any]]:
-    """The tasks unpruned and under each persona's mask: rows of COLUMNS, stored for the report as they come.
+    """The tasks unpruned, under each persona's mask and those of rivals: rows of COLUMNS, stored for the report as they
+    come.
 
     What is stored already under the same settings and mask is not run again. Raises UserError, NotFoundError.
     """
     document = _read(storage)
-    masks: list[tuple[str, Mask | None]] = [("unpruned", None)]
-    for persona_id in persona_ids:
-        own = Mask.from_bytes(storage.get(keys.mask(persona_id)), keys.mask(persona_id))
-        own.check(keys.mask(persona_id), persona_id=persona_id, backbone_fingerprint=backbone.fingerprint)
-        masks.append((persona_id, own))
-    for arm, mask in masks:
-        made_by = [settings.model_dump(mode="json"), backbone.fingerprint, mask and mask.packed().hex()]
+    for arm in (None, *(_own(backbone, storage, persona_id) for persona_id in persona_ids), *rivals):
+        name, biases = (arm.name, arm.bias_LD) if arm else ("unpruned", None)
+        made_by = [settings.model_dump(mode="json"), backbone.fingerprint, arm and arm.digest]
         key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
-        if document["made"].get(arm) == key:
+        if document["made"].get(name) == key:
             continue
-        with ChannelMasks(backbone.model) as channels:
-            channels.set(None if mask is None else mask.keep_LI.to(backbone.device))
+        with ChannelMasks(backbone.model) as channels, added_biases(backbone, biases):
+            channels.set(None if arm is None else arm.keep_LI.to(backbone.device))
             rows = run_tasks(backbone.model, backbone.tokenizer, settings)
-        document["rows"] = [row for row in document["rows"] if row[2] != arm]
-        document["rows"] += [[row.get(name, arm) for name in COLUMNS] for row in rows]
-        document["made"][arm] = key
+        document["rows"] = [row for row in document["rows"] if row[2] != name]
+        document["rows"] += [[row.get(column, name) for column in COLUMNS] for row in rows]
+        document["made"][name] = key
         storage.put(keys.EVALUATION_BENCHMARKS, json.dumps(document).encode())
     return list(document["rows"])
+
+
+def rivals_of(backbone: Backbone, config: RunConfig, storage: Storage, persona_id: str) -> list[Arm]:
+    """One mask for all, and the baselines of `evaluation.answers`, as wide as this persona's own mask.
+
+    Raises PersonaError, MaskError, StorageError.
+    """
+    global_key = stored_global_mask(storage)
+    task = AnswerTask(persona_id=persona_id, other_id=None, candidates=(), global_key=global_key, digests={})
+    arms = read_subject(Baselines(backbone, config), storage, task).arms
+    return [arm for arm in arms if arm.name not in ("unpruned", "own")]
+
+
+def _own(backbone: Backbone, storage: Storage, persona_id: str) -> Arm:
+    mask = Mask.from_bytes(storage.get(keys.mask(persona_id)), keys.mask(persona_id))
+    mask.check(keys.mask(persona_id), persona_id=persona_id, backbone_fingerprint=backbone.fingerprint)
+    return Arm(persona_id, persona_id, mask.keep_LI)
 
 
 def _read(storage: Storage) -> dict[str, Any]:

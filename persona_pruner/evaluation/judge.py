@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -37,7 +37,8 @@ class Verdict:
     answers_sha256: str
     swapped: bool
     score: float | None
-    """0 to 100; in pairs 100 times the probability that the own mask's answer is the better one. None: unscored."""
+    """0 to 100, whatever the judge's scale; in pairs 100 times the probability that the own mask's answer is the better
+    one. None: unscored."""
     turn: int = 0
     """Of a conversation, from 1; 0 is an answer to a question of its own."""
 
@@ -51,19 +52,24 @@ class Inquiry:
 
     def name(self, judge: JudgeConfig) -> str:
         """Names a reply by everything that decides it."""
-        asked = [judge.model, judge.top_logprobs, judge.least_mass, self.messages, asdict(self.verdict)]
+        asked = [judge.model, judge.top_logprobs, judge.least_mass, judge.scale, self.messages, asdict(self.verdict)]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
 
 
-def expected_score(top: Iterable[tuple[str, float]], least_mass: float) -> float | None:
-    """sum p v / sum p over the tokens that are whole numbers v of 0 to 100; None where sum p < least_mass.
+def expected_score(top: Iterable[tuple[str, float]], least_mass: float, scale: int = 100) -> float | None:
+    """sum p v / sum p over the tokens that are whole numbers v of 0 to `scale`, as a share of `scale` from 0 to 100;
+    None where sum p < least_mass.
 
     `top`: (token, natural log-probability) of the first reply token's alternatives.
     """
-    weighed = [(math.exp(logprob), int(token)) for token, logprob in top if re.fullmatch(r"\s*\d{1,3}\s*", token)]
-    weighed = [(p, value) for p, value in weighed if value <= 100]
+    weighed = [(math.exp(logprob), int(token)) for token, logprob in top if _is_number(token)]
+    weighed = [(p, value) for p, value in weighed if value <= scale]
     mass = sum(p for p, _ in weighed)
-    return sum(p * value for p, value in weighed) / mass if mass >= least_mass and mass > 0 else None
+    return 100 / scale * sum(p * value for p, value in weighed) / mass if mass >= least_mass and mass > 0 else None
+
+
+def _is_number(token: str) -> bool:
+    return re.fullmatch(r"\s*\d{1,3}\s*", token) is not None
 
 
 def preference(top: Iterable[tuple[str, float]], least_mass: float) -> float | None:
@@ -85,7 +91,9 @@ def inquiries(answers: pa.Table, description: str, judge: JudgeConfig, prompts: 
     asked = []
     for (number, turn), arms in by_question.items():
         for arm, row in arms.items():
-            values = {"persona": description, "question": row["question"], "answer": row["text"]}
+            values = {
+                "persona": description, "question": row["question"], "answer": row["text"], "scale": str(judge.scale)
+            }  # fmt: skip
             for aspect in judge.aspects:
                 messages = _messages(getattr(prompts, aspect), values)
                 verdict = Verdict(judge.label, aspect, arm, number, _digest(row), False, None, turn)
@@ -152,10 +160,11 @@ async def judge_persona(
 
 
 async def _verdict(endpoint: Endpoint, judge: JudgeConfig, one: Inquiry) -> Verdict:
-    """A judge that refuses leaves the answer unscored."""
+    """A judge that refuses leaves the answer unscored. Two tokens are asked for: the second one shows whether the
+    number goes on."""
     try:
         choice = await endpoint.ask(
-            one.messages, temperature=0.0, max_tokens=1, logprobs=True, top_logprobs=judge.top_logprobs
+            one.messages, temperature=0.0, max_tokens=2, logprobs=True, top_logprobs=judge.top_logprobs
         )
     except RefusedError:
         return one.verdict
@@ -163,11 +172,30 @@ async def _verdict(endpoint: Endpoint, judge: JudgeConfig, one: Inquiry) -> Verd
     if not content:
         raise EndpointError(f"judge {judge.label}: the endpoint gives no log-probabilities (logprobs, top_logprobs)")
     top = [(entry.token, entry.logprob) for entry in content[0].top_logprobs]
-    read = preference if one.verdict.aspect == PREFERENCE else expected_score
-    score = read(top, judge.least_mass)
-    if score is not None and one.verdict.swapped:
-        score = 100 - score
-    return Verdict(**(asdict(one.verdict) | {"score": score}))
+    if one.verdict.aspect != PREFERENCE:
+        whole = _has_whole_numbers([entry.token for entry in content], [token for token, _ in top], judge)
+        score = expected_score(top, judge.least_mass, judge.scale) if whole else None
+    else:
+        score = preference(top, judge.least_mass)
+        if score is not None and one.verdict.swapped:
+            score = 100 - score
+    return replace(one.verdict, score=score)
+
+
+def _has_whole_numbers(reply: Sequence[str], alternatives: Sequence[str], judge: JudgeConfig) -> bool:
+    """Whether number tokens are numbers, and not the first digits of longer ones: many tokenizers write 85 as 8 and 5.
+
+    Raises EndpointError where the reply shows that `judge.scale` has numbers that this tokenizer splits.
+    """
+    if _is_number(reply[0]):
+        goes_on = len(reply) > 1 and reply[1][:1].isdecimal()
+        if goes_on and judge.scale > 9:
+            raise EndpointError(
+                f"judge {judge.label}: its tokenizer writes {reply[0].strip()}{reply[1].strip()} as two tokens, so "
+                f"that numbers up to {judge.scale} cannot be read from the first one; set its scale to 9"
+            )
+        return not goes_on
+    return judge.scale <= 9 or any(_is_number(token) and len(token.strip()) > 1 for token in alternatives)
 
 
 def _store(storage: Storage, persona_id: str, verdicts: Mapping[str, Verdict]) -> None:
@@ -176,14 +204,17 @@ def _store(storage: Storage, persona_id: str, verdicts: Mapping[str, Verdict]) -
 
 
 def _stored(storage: Storage, persona_id: str) -> dict[str, Verdict]:
+    """By the names of their inquiries, the newest last."""
     verdicts: dict[str, Verdict] = {}
-    for item in storage.list(keys.judgements(persona_id)):
+    for item in sorted(storage.list(keys.judgements(persona_id)), key=lambda item: item.modified):
         verdicts |= {name: Verdict(**value) for name, value in json.loads(storage.get(item.key)).items()}
     return verdicts
 
 
 def stored_verdicts(storage: Storage, persona_id: str) -> list[Verdict]:
-    return list(_stored(storage, persona_id).values())
+    """The newest, where a judge was asked about the same thing in other words or on another scale."""
+    newest = {replace(verdict, score=None): verdict for verdict in _stored(storage, persona_id).values()}
+    return list(newest.values())
 
 
 def judged(storage: Storage, persona_id: str, answers: pa.Table) -> dict[str, dict[str, float | None]]:

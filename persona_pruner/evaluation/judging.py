@@ -15,7 +15,7 @@ from persona_pruner.storage import keys
 from persona_pruner.storage.base import NotFoundError, Storage
 
 PERSONAS_TOGETHER = 16
-COLUMNS = ("judge", "requests", "prompt tokens", "completion tokens")
+COST_COLUMNS = ("endpoint", "requests", "prompt tokens", "completion tokens")
 
 
 def judge_all(
@@ -73,7 +73,7 @@ def _add_costs(storage: Storage, judge: JudgeConfig, endpoint: Endpoint) -> None
 def store_costs(storage: Storage, name: str, costs: Sequence[int]) -> None:
     """`costs`: requests, prompt tokens, completion tokens."""
     rows = _cost_rows(storage) | {name: costs}
-    document = {"columns": COLUMNS, "rows": [[name, *values] for name, values in sorted(rows.items())]}
+    document = {"columns": COST_COLUMNS, "rows": [[name, *values] for name, values in sorted(rows.items())]}
     storage.put(keys.EVALUATION_COSTS, json.dumps(document).encode())
 
 

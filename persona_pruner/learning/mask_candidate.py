@@ -52,6 +52,10 @@ class MaskCandidate:
     seconds: float = 0.0
     tokens: int = 0
     heldout: float | None = None
+    losses: list[float] = field(default_factory=list)
+    """Training loss of every step so far, those of earlier ratios of `auto` too."""
+    heldout_losses: list[tuple[int, float]] = field(default_factory=list)
+    """(steps so far, held-out loss), where it was measured."""
     mean_LI: Tensor | None = None
     """Mean of the scores over the steps of the tail so far."""
     averaged: int = 0
@@ -166,7 +170,7 @@ class MaskCandidate:
 
 _MADE_WITH = ("persona_id", "channels", "ratio", "learning_rate", "name", "steps")
 _TENSORS = ("scores", "widths", "core", "fisher", "first", "second", "mean", "accepted", "last")
-_PROGRESS = ("step", "rung", "seconds", "tokens", "heldout", "averaged")
+_PROGRESS = ("step", "rung", "seconds", "tokens", "heldout", "averaged", "losses", "heldout_losses")
 
 
 def to_bytes(candidates: Sequence[MaskCandidate], data_sha256: str) -> bytes:

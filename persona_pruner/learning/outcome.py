@@ -1,8 +1,9 @@
 """What becomes of a persona's training: one typed result, from the trainer through the worker to the scheduler."""
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib.metadata import version
 from typing import Any
@@ -41,6 +42,19 @@ class Progress:
     heldout_loss: float | None
     tokens: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How the learning of a mask went, in nats per token."""
+
+    training: Sequence[float]
+    """By step, what the objective came to."""
+    heldout: Sequence[tuple[int, float]]
+    """(steps so far, cross-entropy), where it was measured."""
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,8 @@ class TrainingResult:
     mask: Mask | WeightMask | None = None
     learned: LearnedScores | None = None
     """Of pooled rows, together with the mask."""
+    curve: Curve | None = None
+    """Together with the mask, where it was learned."""
     cause: str = ""
     message: str = ""
     busy_seconds: float = 0.0
@@ -115,6 +131,7 @@ class TrainingResult:
             reason=reason,
             mask=mask,
             learned=learned,
+            curve=Curve(candidate.losses, candidate.heldout_losses) if mask is not None else None,
         )
 
     @classmethod

@@ -226,6 +226,7 @@ class MaskTrainer:
             raise PersonaError("not_finite", f"{candidate.persona_id}: loss is {loss} at step {candidate.step}")
         mask_LI, leaf_LI = relaxed
         candidate.update(torch.autograd.grad(mask_LI, leaf_LI, grad_LI)[0])
+        candidate.losses.append(round(loss, 5))
 
     def _own_decisions(self, live: Sequence[PersonaTraining], callbacks: TrainingCallbacks) -> Tensor:
         """Whether to stop, and who is out of time, as numbers above 0; zeros on other ranks than 0."""
@@ -246,11 +247,15 @@ class MaskTrainer:
             return None
         else:
             ended = None
-        reasons = []
+        reasons: list[StopReason | None] = []
         for candidate in persona.candidates:
             mask_LI = candidate.mask()
             candidate.heldout = self._heldout_loss(runner, persona.encoded, mask_LI)
-            reasons.append(None if candidate.heldout is None else candidate.stopper.see(candidate.heldout, mask_LI))
+            if candidate.heldout is None:
+                reasons.append(None)
+            else:
+                candidate.heldout_losses.append((len(candidate.losses), round(candidate.heldout, 5)))
+                reasons.append(candidate.stopper.see(candidate.heldout, mask_LI))
         return ended or (reasons[0] if len(reasons) == 1 else None)
 
     def _select(self, runner: BackboneRunner, persona: PersonaTraining, reason: StopReason | None) -> None:

@@ -20,7 +20,7 @@ from persona_pruner.evaluation.judge import judged
 from persona_pruner.evaluation.judging import judge_all, store_costs
 from persona_pruner.evaluation.questions import read_questions_file
 from persona_pruner.evaluation.simulated_user import user_costs
-from persona_pruner.evaluation.subject import AnswerTask
+from persona_pruner.evaluation.subject import AnswerTask, stored_global_mask
 from persona_pruner.learning.pooled import pooled_sample
 from persona_pruner.masks.catalog import build_catalog
 from persona_pruner.run.lease import Lease
@@ -98,7 +98,7 @@ class Evaluation:
         self._ratio = catalog["ratio"][0].as_py() if catalog.num_rows else 0.0
         self.personas = self._chosen()
         _check_backbone(catalog, self._fingerprint, self.storage.url)
-        self._global_key = self._stored_global_mask()
+        self._global_key = stored_global_mask(self.storage)
         self._abilities = read_tasks(config)[1] if config.evaluation.abilities.enabled else None
 
     def _chosen(self) -> list[str]:
@@ -111,13 +111,6 @@ class Evaluation:
         if self.request.personas:
             return list(self.request.personas)
         return sorted(pooled_sample(ids, self.request.sample)) if self.request.sample else ids
-
-    def _stored_global_mask(self) -> str | None:
-        """The newest of the comparison, else the one that the personas start from."""
-        stored = sorted(self.storage.list(keys.GLOBAL_MASKS), key=lambda item: item.modified)
-        if stored:
-            return stored[-1].key
-        return keys.POOLED_MASK if self.storage.exists(keys.POOLED_MASK) else None
 
     @property
     def lacks_global_mask(self) -> bool:

@@ -65,7 +65,7 @@ class TrainingWorker:
         return {"pid": os.getpid(), "node": socket.gethostname(), "device": str(self.backbone.device)}
 
     def train(self, personas: Sequence[Persona]) -> list[TrainingResult]:
-        """Train personas together and commit their masks. One result for each, in order, without the mask."""
+        """Train personas together and commit their masks. One result for each, in order, without mask and curve."""
         began = time.monotonic()
         results = self._results(personas)
         busy = (time.monotonic() - began) / len(personas)
@@ -93,9 +93,11 @@ class TrainingWorker:
         results: dict[str, TrainingResult] = {}
         for result in self.trainer.train(data, run_id=self.run_id, callbacks=_WorkerCallbacks(self)):
             self._progress.pop(result.persona_id, None)
+            if result.curve is not None:
+                self.storage.put(keys.curve(result.persona_id), result.curve.to_bytes())
             if result.mask is not None:
                 commit_mask(self.storage, result.mask)
-            results[result.persona_id] = dataclasses.replace(result, mask=None)
+            results[result.persona_id] = dataclasses.replace(result, mask=None, curve=None)
         return results
 
     def train_global(self, request: tuple[Sequence[Persona], float]) -> bytes | None:

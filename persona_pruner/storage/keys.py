@@ -7,9 +7,12 @@ CATALOG = "catalog/"
 CATALOG_OF_FORMAT_1 = "catalog.parquet"
 STATUS = "progress/status.json"
 TENSORBOARD = "progress/tensorboard"
+CURVES = "progress/curves/"
 
 SYNTHESIS = "synthesis/personas/"
 ANSWERS = "synthesis/answers/"
+REWRITER_COSTS = "synthesis/costs/"
+"""What endpoints were paid for answers, one object for each process that asked."""
 CHECKPOINTS = "checkpoints/"
 MASKS = "masks/"
 ERRORS = "errors/"
@@ -48,10 +51,19 @@ def checkpoint(persona_id: str) -> str:
     return f"{CHECKPOINTS}{persona_id}.safetensors"
 
 
+def curve(persona_id: str) -> str:
+    """How the learning of its mask went."""
+    return f"{CURVES}{_spread(persona_id)}/{persona_id}.json"
+
+
 def mask(persona_id: str) -> str:
-    """Below two hex digits of the id's hash: object storage spreads its load by the beginning of keys, and a directory
-    with 100,000 entries is slow."""
-    return f"{MASKS}{hashlib.sha256(persona_id.encode()).hexdigest()[:2]}/{persona_id}/mask.safetensors"
+    return f"{MASKS}{_spread(persona_id)}/{persona_id}/mask.safetensors"
+
+
+def _spread(persona_id: str) -> str:
+    """Two hex digits of the id's hash: object storage spreads its load by the beginning of keys, and a directory with
+    100,000 entries is slow."""
+    return hashlib.sha256(persona_id.encode()).hexdigest()[:2]
 
 
 def mask_of_format_1(persona_id: str) -> str:

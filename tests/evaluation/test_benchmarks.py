@@ -12,7 +12,7 @@ from persona_pruner.backbone.export import export_pruned
 from persona_pruner.config.evaluation import BenchmarksConfig
 from persona_pruner.errors import ConfigError
 from persona_pruner.evaluation import benchmarks
-from persona_pruner.evaluation.benchmarks import benchmark, run_tasks
+from persona_pruner.evaluation.benchmarks import benchmark, rivals_of, run_tasks
 from persona_pruner.masks.format import Mask
 from persona_pruner.storage import keys
 
@@ -49,6 +49,21 @@ def test_a_masked_backbone_and_its_exported_checkpoint_have_the_same_accuracy(tm
     assert row["value"] == rows[1][4]
     monkeypatch.setattr(benchmarks, "run_tasks", None)
     assert benchmark(backbone, storage, settings, ["ann", "bo"]) == rows
+
+
+def test_rivals_are_run_as_wide_as_the_own_mask(tmp_path, settings):
+    backbone, config, storage = make_run(tmp_path)
+    storage.put(keys.POOLED_MASK, storage.get(keys.mask("cy")))
+    rivals = rivals_of(backbone, config, storage, "ann")
+    assert [(arm.name, int(arm.keep_LI.sum())) for arm in rivals] == [
+        ("global", 120),
+        ("flap", 120),
+        ("magnitude", 120),
+    ]
+    rows = benchmark(backbone, storage, settings, ["ann", "cy"], rivals)
+    values = {row[2]: row[4] for row in rows}
+    assert list(values) == ["unpruned", "ann", "cy", "global", "flap", "magnitude"]
+    assert values["global"] == values["cy"]
 
 
 def test_a_task_that_is_none_is_told(tmp_path, settings):

@@ -1,16 +1,26 @@
 """The arithmetic of judges against a plain re-implementation on recorded replies."""
 
+import asyncio
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 from judge_server import alternatives
 
 from persona_pruner.config.evaluation import JudgeConfig, JudgePrompts
+from persona_pruner.endpoint import EndpointError
 from persona_pruner.evaluation.answers import SCHEMA
-from persona_pruner.evaluation.judge import expected_score, inquiries, judged, preference
+from persona_pruner.evaluation.judge import (
+    expected_score,
+    inquiries,
+    judge_persona,
+    judged,
+    preference,
+    stored_verdicts,
+)
 from persona_pruner.storage import keys
 from persona_pruner.storage.open import open_storage
 
@@ -25,18 +35,18 @@ RECORDED = [
 ]
 
 
-def plain_score(top):
+def plain_score(top, least_mass=0.25, scale=100):
     total = weighted = 0.0
     for token, logprob in top:
         try:
             value = int(token.strip())
         except ValueError:
             continue
-        if 0 <= value <= 100:
+        if 0 <= value <= scale:
             probability = math.e**logprob
             total += probability
-            weighted += probability * value
-    return None if total < 0.25 else weighted / total
+            weighted += probability * value * 100 / scale
+    return None if total < least_mass or total == 0 else weighted / total
 
 
 @pytest.mark.parametrize("top", RECORDED, ids=str)
@@ -46,13 +56,19 @@ def test_a_score_is_the_expectation_over_number_tokens(top):
 
 @pytest.mark.parametrize("reply", RECORDED_BY_VLLM, ids=lambda reply: reply["aspect"])
 def test_replies_recorded_from_a_vllm_server_give_what_the_formula_says(reply):
-    """The shipped backbone, asked to judge, has its letters for A and B and no number among its 20 likeliest tokens."""
-    probabilities = {token: math.exp(logprob) for token, logprob in reply["top"]}
+    """The shipped backbone, asked which reply is better, has letters and no number among its 20 likeliest tokens;
+    SmolLM2, asked for a digit, has digits there."""
+    top = reply["top"]
+    probabilities = {token: math.exp(logprob) for token, logprob in top}
     assert len(probabilities) == 20
-    assert expected_score(reply["top"], 0.0) is plain_score(reply["top"]) is None
+    if "scale" in reply:
+        scores = [expected_score(top, least_mass, reply["scale"]) for least_mass in (0.005, 0.5)]
+        assert scores == [pytest.approx(plain_score(top, 0.005, reply["scale"])), None]
+        return
+    assert expected_score(top, 0.0) is plain_score(top, 0.0) is None
     a, b = probabilities["A"], probabilities.get("B", 0.0)
-    assert preference(reply["top"], 0.1) == pytest.approx(100 * a / (a + b))
-    assert preference(reply["top"], 0.9) is None
+    assert preference(top, 0.1) == pytest.approx(100 * a / (a + b))
+    assert preference(top, 0.9) is None
 
 
 def test_what_has_too_little_mass_on_numbers_is_unscored():
@@ -108,3 +124,59 @@ def test_verdicts_are_averaged_over_judges_and_those_of_older_answers_do_not_cou
     assert judged(storage, "ada", answers(own="Nay.")) == {
         "unpruned": {"judge_consistency": 60.0}, "global": {"judge_consistency": 60.0}
     }  # fmt: skip
+
+
+class Replying:
+    """Stands in for an endpoint whose replies have these tokens, the first with these alternatives."""
+
+    def __init__(self, *tokens, top):
+        entries = [SimpleNamespace(token=token, top_logprobs=[]) for token in tokens]
+        entries[0].top_logprobs = [SimpleNamespace(token=token, logprob=math.log(p)) for token, p in top.items()]
+        self.choice = SimpleNamespace(logprobs=SimpleNamespace(content=entries))
+
+    async def ask(self, messages, **options):
+        self.asked = messages[0]["content"]
+        return self.choice
+
+
+def scored(endpoint, storage, **settings):
+    judge = JudgeConfig(model="m", aspects=("coherence",), **settings)
+    asked = inquiries(answers().slice(0, 1), "Ada", judge, JudgePrompts())
+    asyncio.run(judge_persona(endpoint, judge, storage, "ada", asked))
+    return [verdict.score for verdict in stored_verdicts(storage, "ada")]
+
+
+def test_a_judge_whose_tokenizer_splits_numbers_is_refused_and_nothing_is_stored(tmp_path):
+    """7 of 75 is no score."""
+    storage = open_storage(tmp_path)
+    with pytest.raises(EndpointError, match=r"judge m: its tokenizer writes 75 as two tokens.*set its scale to 9"):
+        scored(Replying("7", "5", top={"7": 0.6, "8": 0.4}), storage)
+    assert stored_verdicts(storage, "ada") == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top", "score"),
+    [
+        (("75",), {"75": 0.5, "7": 0.5}, 41),
+        (("7", "<|im_end|>"), {"7": 1.0}, 7),
+        (("The", " score"), {"The": 0.4, "75": 0.3, "7": 0.3}, 41),
+        # Whether these are first digits, nothing says.
+        (("The", " score"), {"The": 0.4, "7": 0.3, "8": 0.3}, None),
+    ],
+)
+def test_first_digits_are_not_taken_for_numbers(tmp_path, tokens, top, score):
+    assert scored(Replying(*tokens, top=top), open_storage(tmp_path)) == [score and pytest.approx(score)]
+
+
+def test_on_a_scale_of_one_digit_the_expectation_is_of_digits_and_figures_are_from_0_to_100(tmp_path):
+    endpoint = Replying("The", top={"The": 0.4, "9": 0.3, "0": 0.1, "10": 0.2})
+    assert scored(endpoint, open_storage(tmp_path), scale=9) == [pytest.approx(75)]
+    assert "from 0 (noise) to 9 (clear" in endpoint.asked
+    longer = Replying("1", "0", top={"1": 0.9, "9": 0.1})
+    assert scored(longer, open_storage(tmp_path / "longer"), scale=9) == [None]
+
+
+def test_asked_on_another_scale_the_newer_verdict_counts(tmp_path):
+    storage = open_storage(tmp_path)
+    assert scored(Replying("75", top={"75": 1.0}), storage) == [pytest.approx(75)]
+    assert scored(Replying("9", top={"9": 1.0}), storage, scale=9) == [pytest.approx(100)]

@@ -75,6 +75,9 @@ def test_training_lowers_the_loss_and_fills_the_mask_in(tmp_path):
     assert metadata.masked_loss is not None
     assert sum(p.loss for p in seen[-5:]) < 0.8 * sum(p.loss for p in seen[:5])
     assert [p.step for p in seen] == list(range(1, 61))
+    assert outcome.curve.training == pytest.approx([p.loss for p in seen], abs=1e-5)
+    assert [step for step, _ in outcome.curve.heldout] == [10, 20, 30, 40, 50, 60]
+    assert outcome.curve.heldout[-1][1] == pytest.approx(metadata.masked_loss, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,7 @@ def test_a_restored_run_ends_bit_identical_to_an_uninterrupted_one(tmp_path, cha
     torch.manual_seed(99)
     (resumed,), _ = learn(backbone, [persona_data("Ann")], learning=learning, restore=kept)
     assert resumed.mask.to_bytes() == whole.mask.to_bytes()
+    assert resumed.curve.to_bytes() == whole.curve.to_bytes()
 
 
 def test_a_checkpoint_of_other_data_or_broken_bytes_is_not_used(tmp_path):

@@ -35,3 +35,6 @@ def test_configuration_is_valid_and_finds_its_files():
     config = load_config(EXAMPLE / "run.yaml")
     assert Path(config.synthesis.sources[0].path).resolve() == EXAMPLE / "questions.jsonl"
     assert Path(config.evaluation.conversations).resolve() == EXAMPLE / "conversations.jsonl"
+    evaluated = load_config(EXAMPLE / "evaluate.yaml")
+    assert evaluated.backbone == config.backbone
+    assert evaluated.prompt == config.prompt

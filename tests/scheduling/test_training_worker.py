@@ -1,13 +1,15 @@
 """What a worker does with its storage, without Ray and without a backbone; training itself is in tests/learning."""
 
 import dataclasses
+import json
+from types import SimpleNamespace
 
 import pytest
 from mask_examples import mask
 
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import MaskError
-from persona_pruner.learning.outcome import TrainingResult, TrainingStatus
+from persona_pruner.learning.outcome import Curve, TrainingResult, TrainingStatus
 from persona_pruner.manifest import Persona
 from persona_pruner.scheduling.training_worker import TrainingWorker, commit_mask
 from persona_pruner.storage import keys
@@ -24,6 +26,17 @@ def test_a_committed_mask_is_there_and_its_checkpoint_gone(storage):
     commit_mask(storage, mask("ada"))
     assert storage.get(keys.mask("ada")) == mask("ada").to_bytes()
     assert not storage.exists(keys.checkpoint("ada"))
+
+
+def test_how_the_learning_went_is_kept_and_not_sent_to_the_driver(tmp_path, storage):
+    curve = Curve([0.5, 0.25], [(2, 0.75)])
+    learned = TrainingResult(persona_id="ada", status=TrainingStatus.DONE, mask=mask("ada"), curve=curve)
+    worker = TrainingWorker(RunConfig(), str(tmp_path / "out"), "run1")
+    worker.trainer = SimpleNamespace(train=lambda data, **_: [learned])
+    worker._fetched = {"ada": object()}
+    (result,) = worker.train([Persona("ada", "Ada")])
+    assert (result.mask, result.curve) == (None, None)
+    assert json.loads(storage.get(keys.curve("ada"))) == {"training": [0.5, 0.25], "heldout": [[2, 0.75]]}
 
 
 def test_a_stale_mask_is_replaced(storage):

@@ -66,6 +66,26 @@ def turns(table: Mapping[str, Any], measure: str) -> Spec:
     return _spec(chart)
 
 
+def curve() -> Spec:
+    """How the learning of one mask went; the page puts the persona's rows (step, loss, what) in."""
+    chart = (
+        alt.Chart(alt.NamedData(name="curve"))
+        .mark_line(point=alt.OverlayMarkDef(size=18))
+        .encode(
+            x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format="d")),
+            y=alt.Y("loss:Q", title="nats per token", scale=alt.Scale(zero=False)),
+            color=alt.Color(
+                "what:N",
+                scale=alt.Scale(domain=["training", "held out"], range=[COLORS["own"], COLORS["global"]]),
+                legend=alt.Legend(title=None, orient="top"),
+            ),
+            tooltip=["what:N", "step:Q", alt.Tooltip("loss:Q", format=".3f")],
+        )
+        .properties(width="container", height=140)
+    )
+    return _spec(chart)
+
+
 def distribution(personas: Sequence[PersonaFigures], text: str) -> Spec:
     """Histogram of what masks lose on a text against the unpruned backbone."""
     rows = [

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from persona_pruner.errors import MaskError, StorageError, UserError
 from persona_pruner.evaluation.judge import judged
+from persona_pruner.evaluation.judging import COST_COLUMNS
 from persona_pruner.evaluation.overlap import SharedCounts, count_shared, shape_of
 from persona_pruner.evaluation.subject import ARMS
 from persona_pruner.evaluation.summary import by_arm, read_answers, stored_losses
@@ -32,6 +33,7 @@ READ_BYTES = 2**28
 ANSWER_BYTES = 6_000_000
 """Sample answers that a report carries, at most; the personas that lost most come first."""
 ANSWER_CHARACTERS = 600
+CURVE_POINTS = 30
 QUESTIONS = 3
 
 
@@ -52,6 +54,8 @@ class PersonaFigures:
     training: dict[str, Any] = field(default_factory=dict)
     """Of the mask's header: method, ratio, steps, held-out losses unpruned and masked; of the tuning after it, if there
     was one, `tuned_before` and `tuned_after`."""
+    curve: dict[str, list[Any]] = field(default_factory=dict)
+    """How its learning went (learning/outcome.py, `Curve`); empty where nothing was learned."""
     of_weights: bool = False
     """Whether its mask is one of single weights."""
 
@@ -95,6 +99,7 @@ def read_report_data(storage: Storage, connections: int = 16) -> ReportData:
     columns, errors = _columns(storage), _documents(storage, keys.ERRORS, connections)
     losses, faults = stored_losses(storage), {error["persona_id"]: error["message"] for error in errors}
     tuned = {keys.persona_of(key, keys.RECOVERED): one for key, one in _read(storage, keys.RECOVERED, connections)}
+    curves = {key: _thinned(one) for key, one in _read(storage, keys.CURVES, connections)}
     figures: dict[str, PersonaFigures] = {}
     sampled: dict[str, Mask | WeightMask] = {}
     software: dict[str, str] = {}
@@ -102,7 +107,8 @@ def read_report_data(storage: Storage, connections: int = 16) -> ReportData:
         figures[persona_id] = PersonaFigures(
             persona_id, mask.metadata.persona_description, _kept(mask), objects[persona_id].size,
             losses.get(persona_id, {}), {}, columns.get(persona_id, {}), faults.get(persona_id, ""),
-            _training(mask, tuned.get(persona_id, {})), isinstance(mask, WeightMask),
+            _training(mask, tuned.get(persona_id, {})), curves.get(keys.curve(persona_id), {}),
+            isinstance(mask, WeightMask),
         )  # fmt: skip
         software |= mask.metadata.versions
         if persona_id in sample:
@@ -114,6 +120,8 @@ def read_report_data(storage: Storage, connections: int = 16) -> ReportData:
     sampled = _same_shape(sampled)
     shared = count_shared(list(sampled.values())) if len(sampled) > 1 else None
     tables = {key.rpartition("/")[2].removesuffix(".json"): one for key, one in _read(storage, keys.EVALUATION_TABLES)}
+    if paid := _rewriter_costs(storage):
+        tables["costs"] = {"columns": COST_COLUMNS, "rows": [*tables.get("costs", {}).get("rows", []), *paid]}
     return ReportData(
         storage.url, _document(storage, keys.RUN), _documents(storage, keys.STATUS.removesuffix(".json")), ordered,
         _fitting(answers, ordered), list(sampled), shared, errors, tables, software,
@@ -134,6 +142,21 @@ def _training(mask: Mask | WeightMask, tuned: Mapping[str, Any]) -> dict[str, An
         "masked": header.masked_loss, "tuned_before": tuned.get("loss_before"), "tuned_after": tuned.get("loss_after"),
     }  # fmt: skip
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _thinned(curve: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """(step, loss), of the training at no more than CURVE_POINTS steps, the last one among them."""
+    losses = list(enumerate(curve["training"], 1))
+    every = -(-len(losses) // CURVE_POINTS) or 1
+    return {"training": losses[::-1][::every][::-1], "heldout": curve["heldout"]}
+
+
+def _rewriter_costs(storage: Storage) -> list[list[Any]]:
+    """By model: requests, prompt tokens, completion tokens."""
+    paid: dict[str, list[int]] = {}
+    for one in _documents(storage, keys.REWRITER_COSTS):
+        paid[one["model"]] = [a + b for a, b in zip(paid.get(one["model"], (0, 0, 0)), one["costs"], strict=True)]
+    return [[f"{model} (rewriter)", *costs] for model, costs in sorted(paid.items())]
 
 
 def read_both(storage: Storage, other: Storage, persona_ids: Sequence[str], connections: int = 16) -> SharedCounts:

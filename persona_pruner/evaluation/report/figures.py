@@ -6,6 +6,7 @@ from typing import Any
 
 from persona_pruner.evaluation.report.data import PersonaFigures, ReportData
 from persona_pruner.evaluation.statistics import Estimate, Headline, headline, mean_estimate
+from persona_pruner.evaluation.subject import ARMS
 
 BASELINES = ("global", "activation", "magnitude", "random")
 TEXTS = {
@@ -40,6 +41,8 @@ class Benchmark:
     masked: Estimate
     lowest: str
     """Persona with the lowest value."""
+    rivals: dict[str, float]
+    """By arm: one mask for all, baselines."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,12 @@ def _benchmarks(document: Mapping[str, Any]) -> list[Benchmark]:
     found = []
     for (task, metric), arms in by_task.items():
         unpruned = arms.pop("unpruned", None)
+        rivals = {arm: arms.pop(arm)["value"] for arm in ARMS if arm in arms}
         if arms:
             lowest = min(arms, key=lambda arm: arms[arm]["value"])
             masked = mean_estimate([row["value"] for row in arms.values()])
             before = unpruned["value"] if unpruned else None
-            found.append(Benchmark(task, metric, arms[lowest]["questions"], before, masked, lowest))
+            found.append(Benchmark(task, metric, arms[lowest]["questions"], before, masked, lowest, rivals))
     return found
 
 

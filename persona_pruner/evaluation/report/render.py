@@ -89,6 +89,8 @@ def render(data: ReportData, aside: Aside = Aside()) -> str:
     for text, by_method in figures.losses.items():
         specs[f"losses-{text}"] = charts.comparison({text: by_method}, "nats per token")
         specs[f"distribution-{text}"] = charts.distribution(data.personas, text)
+    if any(one.curve for one in data.personas):
+        specs["curve"] = charts.curve()
     turns = _turns(data.tables.get("turns", {}))
     for name in turns:
         specs[f"turns-{name}"] = charts.turns(data.tables["turns"], name)
@@ -178,6 +180,7 @@ def _payload(data: ReportData) -> list[dict[str, Any]]:
             "losses": {text: _rounded(values) for text, values in one.losses.items()},
             "measures": {arm: _rounded(values) for arm, values in one.measures.items()},
             "error": one.error, "training": _rounded(one.training), "answers": data.answers.get(one.id, []),
+            "curve": {kind: [(step, round(loss, 3)) for step, loss in points] for kind, points in one.curve.items()},
         }
         for one in data.personas
     ]  # fmt: skip

@@ -3,7 +3,9 @@
 import asyncio
 import hashlib
 import json
+import uuid
 from collections.abc import Sequence
+from dataclasses import astuple
 
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.endpoint import BudgetError, Endpoint, EndpointError, RefusedError, UnansweredError
@@ -26,6 +28,7 @@ class OpenAiRewriter:
         self._endpoint = Endpoint(self._settings, "synthesis.rewrite")
         self.model = str(self._settings.model)
         self._storage = storage
+        self._paid_key = f"{keys.REWRITER_COSTS}{uuid.uuid4().hex}.json"
 
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
         """Raises PersonaError (token_budget, rewrite_deadline), EndpointError."""
@@ -35,6 +38,10 @@ class OpenAiRewriter:
             raise PersonaError("token_budget", str(error)) from None
         except UnansweredError as error:
             raise PersonaError("rewrite_deadline", str(error)) from None
+        finally:
+            if self._endpoint.costs.requests:
+                paid = {"model": self.model, "costs": astuple(self._endpoint.costs)}
+                self._storage.put(self._paid_key, json.dumps(paid).encode())
 
     async def _answers(self, requests: Sequence[Request]) -> list[Answer]:
         stored: dict[str, Answer] = {}

@@ -78,6 +78,25 @@ def test_tables_statuses_of_parts_and_tunings_are_found(output):
     assert (ada.training["tuned_before"], ada.training["tuned_after"]) == (2.0, 1.5)
 
 
+def test_what_rewriters_were_paid_is_among_the_costs(output):
+    output.put(keys.EVALUATION_COSTS, b'{"columns": ["endpoint"], "rows": [["judge", 1, 2, 3]]}')
+    for process, costs in (("a", [3, 30, 6]), ("b", [2, 20, 4])):
+        paid = {"model": "big", "costs": costs}
+        output.put(f"{keys.REWRITER_COSTS}{process}.json", json.dumps(paid).encode())
+    assert read_report_data(output).tables["costs"]["rows"] == [["judge", 1, 2, 3], ["big (rewriter)", 5, 50, 10]]
+
+
+def test_a_long_curve_is_thinned_and_ends_with_its_last_step(output):
+    losses = [1 / step for step in range(1, 101)]
+    output.put(keys.curve("ada"), json.dumps({"training": losses, "heldout": [[50, 1.5], [100, 1.25]]}).encode())
+    curves = {one.id: one.curve for one in read_report_data(output).personas}
+    steps = [step for step, _ in curves["ada"]["training"]]
+    assert steps == list(range(4, 101, 4))
+    assert curves["ada"]["training"][-1] == (100, 0.01)
+    assert curves["ada"]["heldout"] == [[50, 1.5], [100, 1.25]]
+    assert curves["bo"] == {}
+
+
 def test_a_mask_that_does_not_verify_is_left_out(output):
     output.put(keys.mask("ada"), output.get(keys.mask("ada"))[:-1] + b"?")
     assert [one.id for one in read_report_data(output).personas] == ["bo", "cy"]

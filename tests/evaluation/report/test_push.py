@@ -62,6 +62,21 @@ def test_a_second_push_moves_what_has_changed_and_removes_the_catalog_that_it_re
     assert MaskStore(tmp_path / "there").ids() == ["ada", "bo", "cy"]
 
 
+def test_a_bucket_of_a_real_server_takes_it_and_a_second_push_moves_what_has_changed(with_report, bucket):
+    first = pushed(with_report, bucket.url)
+    assert MaskStore(bucket.url).verify() == 2
+    assert bucket.get(keys.REPORT) == b"my report"
+    again = pushed(with_report, bucket.url)
+    assert (again.moved, again.unchanged) == ([], len(first.moved))
+    (with_report / "report.html").write_text("another report")
+    assert pushed(with_report, bucket.url).moved == [keys.REPORT]
+    bucket.put("README.md", b"mended there")
+    (with_report / "README.md").write_text("mended here")
+    with pytest.raises(UserError, match=r"README\.md would be overwritten"):
+        pushed(with_report, bucket.url)
+    assert bucket.get("README.md") == b"mended there"
+
+
 def test_what_others_have_written_there_is_not_overwritten(with_report, tmp_path):
     there = tmp_path / "there"
     there.mkdir()

@@ -23,7 +23,7 @@ TABLES = {
     "benchmarks": {
         "columns": ["task", "metric", "arm", "questions", "value", "standard error"],
         "rows": [["mmlu", "acc", arm, 200, value, 0.03] for arm, value in
-                 (("unpruned", 0.4), ("persona-0001", 0.3), ("persona-0002", 0.35))],
+                 (("unpruned", 0.4), ("persona-0001", 0.3), ("persona-0002", 0.35), ("flap", 0.25))],
     },
     "turns": {
         "columns": ["turn", "arm", "personas", "first", "rank", "judge_consistency"],
@@ -33,7 +33,10 @@ TABLES = {
         "columns": ["ability", "arm", "personas", "tasks", "passed", "low", "high"],
         "rows": [["json", "own", 6, 4, 0.75, 0.5, None]],
     },
-    "costs": {"columns": ["judge", "requests", "prompt tokens", "completion tokens"], "rows": [["big", 96, 12345, 96]]},
+    "costs": {
+        "columns": ["endpoint", "requests", "prompt tokens", "completion tokens"],
+        "rows": [["big", 96, 12345, 96]],
+    },
     "of_ones_own": {"columns": ["thing", "value"], "rows": [["spoons", 3]]},
 }  # fmt: skip
 NASTY = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -52,6 +55,7 @@ def figures(number, description="sails the northern sea"):
         losses,
         measures,
         training=training | {"tuned_before": 1.2, "tuned_after": 1.05},
+        curve={"training": [(step, 1 / step) for step in range(2, 61, 2)], "heldout": [[50, 1.2], [60, 1.1]]},
     )
 
 
@@ -121,6 +125,8 @@ def test_a_persona_is_found_by_typing_and_nothing_is_asked_of_any_host(browser, 
     assert page.locator("article h3").first.inner_text() == "persona-0003"
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator("[data-chart] svg").count() == 6
+    page.locator("article .chart svg").wait_for()
+    assert page.locator("article .chart svg").bounding_box()["width"] > 250
     assert page.title() == "Persona masks: s3://bucket/run"
     assert seen.messages == []
     assert [url for url in seen.requests if not url.startswith("data:")] == [file.as_uri()]
@@ -164,8 +170,8 @@ def words(html):
 
 def test_everything_that_is_stored_has_its_place():
     text = words(render(report_data(), Aside(costs=BackboneCosts(3_000_000_000, 6_200_000_000, 1000, 9e5, 1.8e6))))
-    # Before and after: two masks on one task, and who is lowest.
-    assert re.search(r"mmlu acc 200 0.400 0.325 \[.*?\] -0.075 2 persona-0001", text)
+    # Before and after: two masks on one task, who is lowest, and a baseline.
+    assert re.search(r"mmlu acc 200 0.400 0.325 \[.*?\] -0.075 2 persona-0001 0.250", text)
     assert "json own 6 4 0.750 0.500" in text
     assert "In character: own description ranks first" in text
     assert "parameters 3.00 G 2.55 G 85.0 %" in text

@@ -1,5 +1,6 @@
 """The openai backend against a real server (`transformers serve`), and against one that fails in every way."""
 
+import json
 import os
 import subprocess
 import sys
@@ -124,6 +125,10 @@ def test_the_budget_stops_cleanly_and_keeps_what_was_paid_for(proxy, tmp_path):
     assert caught.value.cause == "token_budget"
     paid = len(proxy.delivered)
     assert 0 < paid < 100
-    assert list(open_storage(tmp_path).list(keys.stored_answers("p0")))
+    storage = open_storage(tmp_path)
+    assert list(storage.list(keys.stored_answers("p0")))
     rewriter(proxy, tmp_path).answers(requests(PERSONAS[0]))
     assert len(proxy.delivered) == 100
+    # What both processes have paid is told in the report.
+    costs = [json.loads(storage.get(item.key))["costs"] for item in storage.list(keys.REWRITER_COSTS)]
+    assert sum(asked for asked, _, _ in costs) == 100
