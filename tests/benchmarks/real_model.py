@@ -41,11 +41,12 @@ from persona_pruner.learning.fisher import fisher_scores
 from persona_pruner.learning.objective import mask_gradient
 from persona_pruner.learning.outcome import LearnedScores, TrainingResult
 from persona_pruner.learning.pooled import global_config, pooled_config, train_pooled
-from persona_pruner.learning.shared_recovery import Masked, Recovery, recover, save_recovered
+from persona_pruner.learning.shared_recovery import Masked, Recovery, save_recovered
 from persona_pruner.learning.teacher import TeacherCache
 from persona_pruner.learning.trainer import MaskTrainer
 from persona_pruner.learning.training_free import activation
 from persona_pruner.masks.format import Mask
+from persona_pruner.run.recover_backbone import mend
 
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "smollm2"
 ACTIVATION_ROWS, FISHER_ROWS = 96, 48
@@ -157,9 +158,9 @@ def mended(
             rank=options.mending_rank,
             refit_rows=options.refit_rows,
         )
-        losses = list(recover(backbone, config, masked, recovery, print))
+        before, after = mend(backbone, config, masked, recovery)
         save_recovered(backbone, to)
-        print(f"{to.name}: made, {losses[0]:.3f} to {losses[-1]:.3f}", flush=True)
+        print(f"{to.name}: made, {before:.3f} to {after:.3f}", flush=True)
     return load_backbone(config.backbone.model_copy(update={"path": str(to)}), deepspeed=False)
 
 

@@ -5,8 +5,12 @@ from mask_examples import mask
 from tiny_models import save_tiny, tiny_config
 
 from persona_pruner.backbone.files import fingerprint
+from persona_pruner.backbone.load import load_backbone
 from persona_pruner.config.load import check_config
+from persona_pruner.config.schema import BackboneConfig
+from persona_pruner.dataset import read_persona_data
 from persona_pruner.errors import BackboneError, MaskError
+from persona_pruner.evaluation.likelihood import heldout_loss
 from persona_pruner.learning.shared_recovery import Recovery
 from persona_pruner.manifest import Persona
 from persona_pruner.masks.format import Mask
@@ -56,3 +60,21 @@ def test_nothing_is_written_where_it_does_not(output, tmp_path, personas, reason
     with pytest.raises(MaskError, match=reason):
         recover_backbone(config, personas, storage, tmp_path / "mended", Recovery(steps=3, rate=9), lambda _: None)
     assert not (tmp_path / "mended").exists()
+
+
+def test_the_part_of_the_change_is_kept_that_does_best_on_held_out_answers(output, tmp_path):
+    config, storage = output
+    said = []
+    recover_backbone(config, PERSONAS, storage, tmp_path / "mended", Recovery(steps=20), said.append)
+    tried = [float(line.split(" at ")[1].split()[0]) for line in said if "of the change" in line]
+    before, after = (float(said[-2].split(word)[0].split()[-1]) for word in (" before", " after"))
+    assert len(tried) == 5
+    assert after == min(tried) < before
+    data = [read_persona_data(storage, persona) for persona in PERSONAS[:2]]
+    keeps = [Mask.from_bytes(storage.get(keys.mask(persona.id)), "").keep_LI for persona in PERSONAS[:2]]
+    mended = load_backbone(BackboneConfig(path=str(tmp_path / "mended")), deepspeed=False)
+    losses = [
+        heldout_loss(mended, config, each.description, each.heldout, keep)
+        for each, keep in zip(data, keeps, strict=True)
+    ]
+    assert sum(losses) / 2 == pytest.approx(after, abs=1e-3)
