@@ -23,7 +23,7 @@ from persona_pruner.manifest import Persona as Described
 from persona_pruner.manifest import read_manifest
 from persona_pruner.synthesis.rewrite.backbone import SelfRewriter
 from persona_pruner.synthesis.rewrite.base import Request
-from persona_pruner.synthesis.sources import load_question_set
+from persona_pruner.synthesis.sources import load_question_set, normalize_whitespace
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 EXAMPLE = Path(__file__).parents[2] / "manifests" / "quickstart"
@@ -98,14 +98,14 @@ def foreign(count: int) -> list[Row]:
     """Rows of nobody's whom the benchmarks prune for: half are instructions, half what other characters say in the
     training split, without a question that is held out."""
     spoken = read_jsonl("roleplay.jsonl.gz")
-    heldout = {_folded(row["question"]) for row in spoken if row["split"] == "heldout"}
+    heldout = {normalize_whitespace(row["question"]).lower() for row in spoken if row["split"] == "heldout"}
     others = [
         Row(row["question"], row["answer"])
         for row in spoken
         if row["split"] == "train"
         and row["source"].split("/")[0] in ("rolebench", "character-llm")
         and row["persona_id"] not in ROLEPLAY
-        and _folded(row["question"]) not in heldout
+        and normalize_whitespace(row["question"]).lower() not in heldout
         and _is_short(row)
     ]
     instructions = [Row(a["instruction"], a["output"]) for a in read_jsonl("alpaca.jsonl.gz") if not a["input"]]
@@ -113,10 +113,6 @@ def foreign(count: int) -> list[Row]:
     rows = [*draw.sample(others, count // 2), *draw.sample(instructions, count - count // 2)]
     draw.shuffle(rows)
     return rows
-
-
-def _folded(text: str) -> str:
-    return " ".join(text.split()).lower()
 
 
 def _is_short(row: dict[str, str]) -> bool:
