@@ -5,21 +5,19 @@ Masks stay what they are, a few kilobytes each. What they cost is partly the sam
 learned once, under the personas' own masks and on their rows, and folded into the weights: the result is a checkpoint
 of the same architecture which takes the place of the backbone wherever its masks are used.
 
-Shapes: P personas of a step, L layers, I channels, D width of a module's output, C width of its input, R rank.
+Shapes: P personas of a step, L layers, I channels.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from persona_pruner.backbone.channels import find_ffns, forward_hooks
 from persona_pruner.backbone.files import RECOVERED
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
@@ -27,12 +25,15 @@ from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import PersonaData, read_generic_rows
 from persona_pruner.errors import BackboneError
 from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample
-from persona_pruner.learning.encoding import batch, encode, seeded
+from persona_pruner.learning.encoding import batch, encode
 from persona_pruner.learning.objective import mask_gradient
 from persona_pruner.learning.persona_tokens import with_foreign_rows
 from persona_pruner.learning.refit import MaskedRows, refit_outputs
 from persona_pruner.learning.teacher import TeacherCache
+from persona_pruner.learning.weight_updates import Gains, LowRank
 
+PARTS = (0.5, 0.75, 1.0)
+"""How much of a change may be kept."""
 PERSONAS_PER_STEP = 2
 LOW_RANK_RATE = 0.2
 """Rate of the update of low rank as a part of the gains'."""
@@ -45,7 +46,7 @@ NORM_RATE = 0.5
 class Recovery:
     """How a backbone is mended. With `rank` 0 only gains are learned, with `refit_rows` 0 nothing is refitted."""
 
-    steps: int = 60
+    steps: int = 120
     rate: float = 0.01
     """Adam's for the gains."""
     rank: int = 16
@@ -66,108 +67,52 @@ class Masked:
     keep_LI: Tensor
 
 
-class Gains:
-    """Factors, 1 at first: of every FFN channel, of the gates before their activation, and of the norms' outputs."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.ffns = find_ffns(model)
-        layers, channels = len(self.ffns), self.ffns[0].channels
-        self.channels_LI = torch.ones(layers, channels)
-        gates = [ffn.inputs[0] for ffn in self.ffns if len(ffn.inputs) == 2]
-        norms = [module for module in model.modules() if type(module).__name__.endswith(("RMSNorm", "LayerNorm"))]
-        self._gates = len(gates)
-        self.modules: list[Any] = [*gates, *(norm for norm in norms if getattr(norm, "weight", None) is not None)]
-        self.outputs = [torch.ones(len(module.weight), requires_grad=True) for module in self.modules]
-
-    def of_channels(self) -> list[Tensor]:
-        return [self.channels_LI, *self.outputs[: self._gates]]
-
-    def of_norms(self) -> list[Tensor]:
-        return self.outputs[self._gates :]
-
-    def applied(self) -> AbstractContextManager[None]:
-        """Inside, the modules' outputs are multiplied, with a graph to `outputs`; channels are the masks' matter."""
-
-        def hook(gain_D: Tensor) -> Any:
-            return lambda module, inputs, output: output * gain_D.to(output.dtype)
-
-        gained = zip(self.modules, self.outputs, strict=True)
-        return forward_hooks((module, hook(gain_D)) for module, gain_D in gained)
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Multiply the gains into the weights, in place."""
-        for ffn, gain_I in zip(self.ffns, self.channels_LI, strict=True):
-            ffn.output.weight.copy_(ffn.output.weight.float() * gain_I)
-        for module, gain_D in zip(self.modules, self.outputs, strict=True):
-            scale = gain_D[:, None] if module.weight.ndim == 2 else gain_D
-            offset = _weight_offset(module)
-            module.weight.copy_((module.weight.float() + offset) * scale - offset)
-            if getattr(module, "bias", None) is not None:
-                module.bias.copy_(module.bias.float() * gain_D)
-
-
-class LowRank:
-    """An update B A of every block matrix (LoRA, arXiv 2106.09685): A [R, C] drawn, B [D, R] zeros at first."""
-
-    def __init__(self, model: nn.Module, rank: int, seed: int) -> None:
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        self.matrices: list[nn.Linear] = []
-        self.factors: list[tuple[Tensor, Tensor]] = []
-        for name, module in model.named_modules():
-            if rank and isinstance(module, nn.Linear) and module is not head:
-                drawn = torch.randn(rank, module.in_features, generator=seeded("low rank", seed, name))
-                down_RC = (drawn / module.in_features**0.5).to(module.weight.device).requires_grad_()
-                up_DR = torch.zeros(module.out_features, rank, device=module.weight.device, requires_grad=True)
-                self.matrices.append(module)
-                self.factors.append((down_RC, up_DR))
-
-    def parameters(self) -> list[Tensor]:
-        return [factor for pair in self.factors for factor in pair]
-
-    def applied(self) -> AbstractContextManager[None]:
-        """Inside, it is added to the matrices' outputs, with a graph to the factors."""
-
-        def hook(down_RC: Tensor, up_DR: Tensor) -> Any:
-            def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-                return output + inputs[0] @ down_RC.T.to(output.dtype) @ up_DR.T.to(output.dtype)
-
-            return add
-
-        updated = zip(self.matrices, self.factors, strict=True)
-        return forward_hooks((matrix, hook(*pair)) for matrix, pair in updated)
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Add it to the weights, in place."""
-        for matrix, (down_RC, up_DR) in zip(self.matrices, self.factors, strict=True):
-            matrix.weight.copy_(matrix.weight.float() + up_DR @ down_RC)
-
-
 def recover(
     backbone: Backbone,
     config: RunConfig,
     masked: Sequence[Masked],
     recovery: Recovery,
+    heldout: Callable[[], float],
     say: Callable[[str], None] = lambda line: None,
-) -> Iterator[float]:
-    """Mend `backbone`, in place. Yields every step's loss, nats per token.
+) -> tuple[float, float]:
+    """Mend `backbone`, in place. The loss on held-out answers before and after, nats per token, as `heldout` tells it.
 
     1. Refit the FFN output matrices in closed form, on `refit_rows` of the rows.
     2. Learn gains, and with a `rank` an update of the matrices: Adam at `rate`, going down to 0 linearly; a step has
        the usual number of rows, of two personas under their masks. The loss is KL(unpruned || masked).
-    3. Fold both into the weights.
 
-    `say` is told the layers that are refitted. Raises BackboneError for a sharded backbone, PersonaError for rows that
-    cannot be used.
+    Of what each of them changes the part is kept that does best on held-out answers. `say` is told how it goes. Raises
+    BackboneError for a sharded backbone, PersonaError for rows that cannot be used.
     """
     if backbone.sharded:
         raise BackboneError("recovery needs the whole backbone in one process: groups.shards = 1")
     config = _distilling(config, recovery.foreign)
-    settings, learning, steps = MicroBatchConfig.of(config, backbone.device), config.learning, recovery.steps
-    rows = _Rows(backbone, config, masked)
-    gains, low_rank = Gains(backbone.model), LowRank(backbone.model, recovery.rank, learning.seed)
-    teacher = TeacherCache(learning.objective.top_logits, learning.objective.head_tokens)
+    settings, objective = MicroBatchConfig.of(config, backbone.device), config.learning.objective
+    rows, teacher = _Rows(backbone, config, masked), TeacherCache(objective.top_logits, objective.head_tokens)
+    with BackboneRunner(backbone) as runner:
+        for number, visited in rows.visited(recovery.steps).items():
+            teacher.collect_rows(runner, rows.encoded[number], settings, visited)
+    parts = _Parts(backbone, heldout, say)
+    before = parts.loss
+    if recovery.refit_rows:
+        with BackboneRunner(backbone) as runner:
+            for layer, (missing, left) in enumerate(refit_outputs(runner, rows.masked(recovery.refit_rows), settings)):
+                say(f"layer {layer}: {missing:.1%} of its hidden states' squares missing, {left:.1%} when refitted")
+        parts.keep_best()
+    _learn_updates(backbone, rows, recovery, settings, teacher, say)
+    parts.keep_best()
+    return before, parts.loss
+
+
+def _learn_updates(
+    backbone: Backbone,
+    rows: "_Rows",
+    recovery: Recovery,
+    settings: MicroBatchConfig,
+    teacher: TeacherCache,
+    say: Callable[[str], None],
+) -> None:
+    gains, low_rank = Gains(backbone.model), LowRank(backbone.model, recovery.rank, rows.learning.seed)
     groups = [
         {"params": gains.of_channels(), "factor": 1.0},
         {"params": gains.of_norms(), "factor": NORM_RATE},
@@ -175,18 +120,13 @@ def recover(
     ]
     optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=recovery.rate, betas=(0.9, 0.95), eps=1e-12)
     with BackboneRunner(backbone) as runner:
-        for number, visited in rows.visited(steps).items():
-            teacher.collect_rows(runner, rows.encoded[number], settings, visited)
-        if recovery.refit_rows:
-            for layer, (before, after) in enumerate(refit_outputs(runner, rows.masked(recovery.refit_rows), settings)):
-                say(f"layer {layer}: {before:.1%} of its hidden states' squares missing, {after:.1%} when refitted")
-        for step in range(steps):
-            now = recovery.rate * min((step + 1) / WARM_UP_STEPS, 1) * (1 - step / steps)
+        for step in range(recovery.steps):
+            now = recovery.rate * min((step + 1) / WARM_UP_STEPS, 1) * (1 - step / recovery.steps)
             for group in optimizer.param_groups:
                 group["lr"] = now * group["factor"]
             optimizer.zero_grad()
             chosen = list(rows.of_step(step))
-            keep_PLI = torch.stack([masked[number].keep_LI for number in chosen]).to(backbone.device).float()
+            keep_PLI = torch.stack([rows.keeps[number] for number in chosen]).to(backbone.device).float()
             prefixes = [rows.encoded[number].prefixes[0] for number in chosen]
             with low_rank.applied(), gains.applied():
                 grad_PLI, loss = mask_gradient(
@@ -194,9 +134,38 @@ def recover(
                 )
             gains.channels_LI.grad = (grad_PLI * keep_PLI).sum(0)
             optimizer.step()
-            yield float(loss.total.sum())
+            if step == 0 or (step + 1) % 10 == 0:
+                say(f"step {step + 1}: {float(loss.total.sum()):.4f} nats per token")
     low_rank.fold()
     gains.fold()
+
+
+class _Parts:
+    """How much of a change of the weights is kept: the whole of it fits the rows that it was learned on too well."""
+
+    def __init__(self, backbone: Backbone, heldout: Callable[[], float], say: Callable[[str], None]) -> None:
+        self._backbone, self._heldout, self._say = backbone, heldout, say
+        self._kept = self._weights()
+        self.loss = heldout()
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: weight.clone() for name, weight in self._backbone.model.state_dict().items()}
+
+    def keep_best(self) -> None:
+        """Of all that has changed since the last call, as many of `PARTS` as do best; nothing where nothing helps."""
+        changed, losses = self._weights(), {0.0: self.loss}
+        for part in PARTS:
+            self._set(changed, part)
+            losses[part] = self._heldout()
+            self._say(f"{part:.0%} of the change: held-out answers at {losses[part]:.4f} nats per token")
+        best = min(losses, key=lambda part: losses[part])
+        self._set(changed, best)
+        self._kept, self.loss = self._weights(), losses[best]
+
+    @torch.no_grad()
+    def _set(self, changed: dict[str, Tensor], part: float) -> None:
+        for name, weight in self._backbone.model.state_dict().items():
+            weight.copy_(self._kept[name].float().lerp(changed[name].float(), part))
 
 
 def _distilling(config: RunConfig, foreign: float) -> RunConfig:
@@ -277,16 +246,3 @@ class _Rows:
             tokens = sum(own.train[n].answer for n in rows) * len(chosen)
             examples += [TrainingExample(slot, (own.persona_id, n), own.train[n], 1 / tokens) for n in rows]
         return examples
-
-
-def _weight_offset(module: Any) -> float:
-    """What a norm adds to its weights: Gemma's multiply by 1 + weight."""
-    if module.weight.ndim == 2:
-        return 0.0
-    kept = module.weight.clone()
-    probe_D = torch.linspace(-1, 1, len(kept), device=kept.device, dtype=kept.dtype)
-    module.weight.zero_()
-    without_D = module(probe_D)
-    module.weight.copy_(kept)
-    bias_D = getattr(module, "bias", None)
-    return float((without_D - (0 if bias_D is None else bias_D)).abs().max() > 0)

@@ -4,9 +4,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from persona_pruner.backbone.load import Backbone, load_backbone
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.dataset import read_persona_data
@@ -17,9 +14,6 @@ from persona_pruner.manifest import Persona
 from persona_pruner.masks.format import Mask
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
-
-PARTS = (0.4, 0.55, 0.7, 0.85, 1.0)
-"""How much of the change may be kept: it fits the rows that it was learned on better than others."""
 
 
 def recover_backbone(
@@ -55,31 +49,8 @@ def mend(
     recovery: Recovery,
     say: Callable[[str], None] = print,
 ) -> tuple[float, float]:
-    """Mend `backbone`, in place, and keep the part of the change that does best on held-out answers, none of it where
-    nothing does better. The held-out loss before and after, nats per token."""
-    first = _weights(backbone)
-    losses = {0.0: _heldout(backbone, config, masked)}
-    for step, loss in enumerate(recover(backbone, config, masked, recovery, say), 1):
-        if step == 1 or step % 10 == 0:
-            say(f"step {step}: {loss:.4f} nats per token")
-    mended = _weights(backbone)
-
-    def keep(part: float) -> None:
-        with torch.no_grad():
-            for name, weight in backbone.model.state_dict().items():
-                weight.copy_(first[name].float().lerp(mended[name].float(), part))
-
-    for part in PARTS:
-        keep(part)
-        losses[part] = _heldout(backbone, config, masked)
-        say(f"{part:.0%} of the change: held-out answers at {losses[part]:.4f} nats per token")
-    best = min(losses, key=lambda part: losses[part])
-    keep(best)
-    return losses[0.0], losses[best]
-
-
-def _weights(backbone: Backbone) -> dict[str, Tensor]:
-    return {name: weight.clone() for name, weight in backbone.model.state_dict().items()}
+    """Mend `backbone`, in place. The mean held-out loss of the personas before and after, nats per token."""
+    return recover(backbone, config, masked, recovery, lambda: _heldout(backbone, config, masked), say)
 
 
 def _masked(
