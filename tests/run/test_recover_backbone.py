@@ -53,11 +53,11 @@ def test_the_mended_backbone_is_written_where_it_does_better(output, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("personas", "reason"), [(PERSONAS[:2], "not better.*--rate than 9"), (PERSONAS[2:], "no mask")]
+    ("personas", "reason"), [(PERSONAS[:2], "not better.*--rate than 900"), (PERSONAS[2:], "no mask")]
 )
 def test_nothing_is_written_where_it_does_not(output, tmp_path, personas, reason):
     config, storage = output
-    recovery = Recovery(steps=3, rate=9, refit_rows=0)
+    recovery = Recovery(steps=3, rate=900, refit_rows=0)
     with pytest.raises(MaskError, match=reason):
         recover_backbone(config, personas, storage, tmp_path / "mended", recovery, lambda _: None)
     assert not (tmp_path / "mended").exists()
