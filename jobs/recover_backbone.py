@@ -23,7 +23,7 @@ def recover(
     output: Annotated[str, typer.Option(help="Where data and masks are: a directory or s3://bucket/prefix.")],
     to: Annotated[Path, typer.Option(help="Directory of the mended backbone; must not exist yet.")],
     refit_rows: Annotated[int, typer.Option(min=0, help="Rows for the closed-form refit; 0 leaves it out.")] = 1536,
-    steps: Annotated[int, typer.Option(min=1, help="Steps, each of two personas' rows.")] = 120,
+    steps: Annotated[int, typer.Option(min=1, help="Steps, each of two personas' rows.")] = 60,
     rate: Annotated[float, typer.Option(min=0, help="Adam's rate for the gains.")] = 0.01,
     rank: Annotated[int, typer.Option(min=0, help="Rank of the matrices' update; 0: gains alone.")] = 16,
     foreign: Annotated[

@@ -46,7 +46,7 @@ NORM_RATE = 0.5
 class Recovery:
     """How a backbone is mended. With `rank` 0 only gains are learned, with `refit_rows` 0 nothing is refitted."""
 
-    steps: int = 120
+    steps: int = 60
     rate: float = 0.01
     """Adam's for the gains."""
     rank: int = 16
