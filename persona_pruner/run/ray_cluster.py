@@ -11,6 +11,10 @@ from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import ClusterError
 from persona_pruner.run.progress import ProgressReporter
 
+LOCAL_STARTS = 3
+"""Ray waits 30 s for a node, and a raylet less than that for its agents (Ray 2.60 has both in its code): too short on a
+busy machine, where the next start finds their files in memory."""
+
 
 @contextmanager
 def ray_cluster(config: RunConfig, progress: ProgressReporter) -> Iterator[None]:
@@ -47,10 +51,23 @@ def connect(config: RunConfig) -> None:
         # A cluster of one process has nobody to keep out, and should not leave a token file behind.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(address="local", num_cpus=_local_cpus(config), include_dashboard=False, **options)
+        _start_local(num_cpus=_local_cpus(config), include_dashboard=False, **options)
     except Exception as error:
         what = f"{address}: no Ray cluster answers" if address else "a local Ray could not be started"
         raise ClusterError(f"{what}: {str(error).strip().splitlines()[0][:200]}") from None
+
+
+def _start_local(**options: Any) -> None:
+    import ray
+
+    for start in range(1, LOCAL_STARTS + 1):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception:
+            if start == LOCAL_STARTS:
+                raise
+            ray.shutdown()
 
 
 def _local_cpus(config: RunConfig) -> int:

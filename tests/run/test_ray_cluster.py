@@ -1,5 +1,6 @@
 """Without a cluster: what is told when there is none. Runs on real ones are in tests/cluster."""
 
+import contextlib
 import io
 import os
 import subprocess
@@ -11,7 +12,7 @@ from rich.console import Console
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import ClusterError
 from persona_pruner.run.progress import ProgressReporter
-from persona_pruner.run.ray_cluster import ray_cluster
+from persona_pruner.run.ray_cluster import connect, ray_cluster
 
 
 def test_a_cluster_that_does_not_answer_is_one_line_with_its_address(monkeypatch):
@@ -26,6 +27,25 @@ def test_a_cluster_that_does_not_answer_is_one_line_with_its_address(monkeypatch
     with pytest.raises(ClusterError) as raised, ray_cluster(RunConfig(), progress):
         pass
     assert str(raised.value) == "10.0.0.1:6379: no Ray cluster answers: Failed to connect to GCS"
+
+
+@pytest.mark.parametrize(("failures", "message"), [(2, ""), (3, "a local Ray could not be started: timed out 3")])
+def test_a_local_ray_that_a_busy_machine_keeps_from_starting_is_started_again(monkeypatch, failures, message):
+    import ray
+
+    starts = []
+
+    def init(**options):
+        starts.append(options["address"])
+        if len(starts) <= failures:
+            raise RuntimeError(f"timed out {len(starts)}\nwith a long explanation")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError) if message else contextlib.nullcontext() as raised:
+        connect(RunConfig())
+    assert starts == ["local"] * 3
+    assert not message or str(raised.value) == message
 
 
 def test_a_touch_of_ray_without_a_cluster_starts_none():
