@@ -121,6 +121,8 @@ class JudgeConfig(EndpointConfig):
     """What each answer is scored for, 0 to 100."""
     pairs: tuple[Literal["unpruned", "global", "other"] | Baseline, ...] = ()
     """Arms whose answers are compared with those of the own mask, in both orders."""
+    turns: tuple[Count, ...] | None = None
+    """Turns of conversations whose replies are scored, such as [1, 5, 10]; null is all of them."""
     scale: Annotated[int, Field(ge=1, le=100)] = 100
     """The best score that it may give, {scale} in the prompts; figures are from 0 to 100 all the same. A judge whose
     tokenizer writes 42 as two tokens (Qwen's, Gemma's, Mistral's) needs 9."""

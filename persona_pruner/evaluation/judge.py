@@ -90,6 +90,8 @@ def inquiries(answers: pa.Table, description: str, judge: JudgeConfig, prompts: 
         by_question.setdefault((row["number"], row["turn"] or 0), {})[row["arm"]] = row
     asked = []
     for (number, turn), arms in by_question.items():
+        if turn and judge.turns is not None and turn not in judge.turns:
+            continue
         for arm, row in arms.items():
             values = {
                 "persona": description, "question": row["question"], "answer": row["text"], "scale": str(judge.scale)

@@ -105,6 +105,18 @@ def test_every_answer_is_asked_about_and_pairs_in_both_orders():
     assert len({one.name(judge) for one in asked}) == len(asked)
 
 
+def test_of_conversations_only_the_named_turns_are_judged_and_answers_always():
+    spoken = [row | {"turn": turn} for turn in (None, 1, 2, 3) for row in answers().to_pylist()]
+
+    def asked_turns(**settings):
+        judge = JudgeConfig(model="m", aspects=("coherence",), **settings)
+        asked = inquiries(pa.Table.from_pylist(spoken, SCHEMA), "Ada", judge, JudgePrompts())
+        return [one.verdict.turn for one in asked if one.verdict.arm == "own"]
+
+    assert asked_turns() == [0, 1, 2, 3]
+    assert asked_turns(turns=(1, 3)) == [0, 1, 3]
+
+
 def test_verdicts_are_averaged_over_judges_and_those_of_older_answers_do_not_count(tmp_path):
     storage = open_storage(tmp_path)
     judges = [JudgeConfig(model=name, aspects=("consistency",), pairs=("global",)) for name in "mn"]
