@@ -6,6 +6,7 @@ No checkpoint is exported: the mask is hooked into the loaded backbone.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from persona_pruner.backbone.channels import ChannelMasks
@@ -27,21 +28,33 @@ def run_tasks(model: Any, tokenizer: Any, settings: BenchmarksConfig) -> list[di
 
     Raises UserError where lm-eval is not installed or a task cannot be run.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError(f"benchmarks need {error.name}: pip install 'persona-pruner[lm-eval]'") from None
-    manager = TaskManager(include_path=settings.include_path)
-    if unknown := [name for name in settings.tasks if name not in manager.all_tasks]:
-        raise ConfigError(f"evaluation.benchmarks.tasks: {unknown[0]!r} is no task of lm-eval or of include_path")
+    manager = _checked_manager(settings)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     found = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=settings.batch_size),
         tasks=list(settings.tasks), num_fewshot=settings.few_shot, limit=settings.limit, task_manager=manager,
         bootstrap_iters=0, log_samples=False,
     )  # fmt: skip
     return list(_rows(found or {}))
+
+
+def _checked_manager(settings: BenchmarksConfig) -> Any:
+    manager = _task_manager(settings.include_path)
+    if unknown := [name for name in settings.tasks if name not in manager.all_tasks]:
+        raise ConfigError(f"evaluation.benchmarks.tasks: {unknown[0]!r} is no task of lm-eval or of include_path")
+    return manager
+
+
+@cache
+def _task_manager(include_path: str | None) -> Any:
+    """Reads all of lm-eval's task files, which takes seconds."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f"benchmarks need {error.name}: pip install 'persona-pruner[lm-eval]'") from None
+    return TaskManager(include_path=include_path)
 
 
 def _rows(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -67,23 +80,29 @@ def benchmark(
     """The tasks unpruned, under each persona's mask and those of rivals: rows of COLUMNS, stored for the report as they
     come.
 
-    What is stored already under the same settings and mask is not run again. Raises UserError, NotFoundError.
+    A task that is stored already under the same settings and mask is not run again, and what is stored of other tasks
+    and masks stays. Raises UserError, NotFoundError.
     """
-    document = _read(storage)
+    results, checked = _read(storage), False
     for arm in (None, *(_own(backbone, storage, persona_id) for persona_id in persona_ids), *rivals):
         name, biases = (arm.name, arm.bias_LD) if arm else ("unpruned", None)
-        made_by = [settings.model_dump(mode="json"), backbone.fingerprint, arm and arm.digest]
-        key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
-        if document["made"].get(name) == key:
-            continue
-        with ChannelMasks(backbone.model) as channels, added_biases(backbone, biases):
-            channels.set(None if arm is None else arm.keep_LI.to(backbone.device))
-            rows = run_tasks(backbone.model, backbone.tokenizer, settings)
-        document["rows"] = [row for row in document["rows"] if row[2] != name]
-        document["rows"] += [[row.get(column, name) for column in COLUMNS] for row in rows]
-        document["made"][name] = key
-        storage.put(keys.EVALUATION_BENCHMARKS, json.dumps(document).encode())
-    return list(document["rows"])
+        for task in settings.tasks:
+            alone = settings.model_copy(update={"tasks": (task,)})
+            made_by = [alone.model_dump(mode="json"), backbone.fingerprint, arm and arm.digest]
+            key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
+            if results.get(f"{name} {task}", {}).get("made_by") == key:
+                continue
+            if not checked:
+                _checked_manager(settings)
+                checked = True
+            with ChannelMasks(backbone.model) as channels, added_biases(backbone, biases):
+                channels.set(None if arm is None else arm.keep_LI.to(backbone.device))
+                found = run_tasks(backbone.model, backbone.tokenizer, alone)
+            rows = [[row.get(column, name) for column in COLUMNS] for row in found]
+            results[f"{name} {task}"] = {"made_by": key, "rows": rows}
+            document = {"columns": COLUMNS, "rows": _all_rows(results), "results": results}
+            storage.put(keys.EVALUATION_BENCHMARKS, json.dumps(document).encode())
+    return _all_rows(results)
 
 
 def rivals_of(backbone: Backbone, config: RunConfig, storage: Storage, persona_id: str) -> list[Arm]:
@@ -103,8 +122,13 @@ def _own(backbone: Backbone, storage: Storage, persona_id: str) -> Arm:
     return Arm(persona_id, persona_id, mask.keep_LI)
 
 
-def _read(storage: Storage) -> dict[str, Any]:
+def _read(storage: Storage) -> dict[str, dict[str, Any]]:
+    """By arm and task: what decided the rows, and the rows."""
     try:
-        return dict(json.loads(storage.get(keys.EVALUATION_BENCHMARKS)))
+        return dict(json.loads(storage.get(keys.EVALUATION_BENCHMARKS)).get("results", {}))
     except NotFoundError:
-        return {"columns": COLUMNS, "rows": [], "made": {}}
+        return {}
+
+
+def _all_rows(results: dict[str, dict[str, Any]]) -> list[list[Any]]:
+    return [row for one in results.values() for row in one["rows"]]

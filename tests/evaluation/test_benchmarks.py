@@ -66,6 +66,26 @@ def test_rivals_are_run_as_wide_as_the_own_mask(tmp_path, settings):
     assert values["global"] == values["cy"]
 
 
+def test_a_further_task_is_run_alone_and_those_of_before_stay(tmp_path, settings, monkeypatch):
+    backbone, _, storage = make_run(tmp_path)
+    before = benchmark(backbone, storage, settings, ["ann"])
+    text = (tmp_path / "tasks" / "letters.yaml").read_text().replace("task: letters", "task: signs")
+    (tmp_path / "tasks" / "signs.yaml").write_text(text)
+    benchmarks._task_manager.cache_clear()
+    run, ran = benchmarks.run_tasks, []
+
+    def noted(model, tokenizer, alone):
+        ran.append(alone.tasks)
+        return run(model, tokenizer, alone)
+
+    monkeypatch.setattr(benchmarks, "run_tasks", noted)
+    both = benchmark(backbone, storage, settings.model_copy(update={"tasks": ("letters", "signs")}), ["ann"])
+    assert ran == [("signs",), ("signs",)]
+    assert both == [*before, *(["signs", *row[1:]] for row in before)]
+    shorter = settings.model_copy(update={"tasks": ("signs",), "limit": 20})
+    assert [row[3] for row in benchmark(backbone, storage, shorter, ["ann"])] == [40, 40, 20, 20]
+
+
 def test_a_task_that_is_none_is_told(tmp_path, settings):
     backbone, _, storage = make_run(tmp_path)
     with pytest.raises(ConfigError, match="'leters' is no task of lm-eval"):
