@@ -3,12 +3,12 @@
 python tests/benchmarks/end_to_end.py [--personas 200 2000] [--steps 12] [--quick]
 
 The real job on a local Ray with one pool of two groups (`gpus: 0`), a 2-layer model with random weights and the shipped
-tokenizer, each size in a process of its own. Training takes 12 steps a persona, as manifests/smollm2/run.yaml does on a real model, not the
-default 100: with those 2,000 personas are half an hour of two cores, and the share of the time before the first mask is
-so much smaller.
-Of the wall time of the whole job, what its process imports, Ray's start and the report included:
-`first_mask`: the share that has passed when the first mask is committed; `busy`: the share for which groups scored,
-answered or trained. `driver_growth`: peak memory of the driver's process, most personas over fewest.
+tokenizer, each size in a process of its own. Training takes 12 steps a persona, as manifests/smollm2/run.yaml does on a
+real model, not the default 100: with those 2,000 personas are half an hour of two cores, and the share of the time
+before the first mask is so much smaller. Of the wall time of the whole job, what its process imports, Ray's start and
+the report included: `first_mask`: the share that has passed when the first mask is committed; `busy`: the share for
+which groups scored, answered or trained. `driver_growth`: peak memory of the driver's process, most personas over
+fewest.
 """
 
 import argparse
