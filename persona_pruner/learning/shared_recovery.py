@@ -22,7 +22,7 @@ from persona_pruner.backbone.files import RECOVERED
 from persona_pruner.backbone.forward import BackboneRunner
 from persona_pruner.backbone.load import Backbone
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.dataset import PersonaData, read_generic_rows
+from persona_pruner.dataset import PersonaData, Row
 from persona_pruner.errors import BackboneError
 from persona_pruner.learning.batches import MicroBatchConfig, TrainingExample
 from persona_pruner.learning.encoding import batch, encode
@@ -71,11 +71,14 @@ def recover(
     backbone: Backbone,
     config: RunConfig,
     masked: Sequence[Masked],
+    foreign: Sequence[Row],
     recovery: Recovery,
     heldout: Callable[[], float],
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[float, float]:
     """Mend `backbone`, in place. The loss on held-out answers before and after, nats per token, as `heldout` tells it.
+
+    `foreign` are rows that the personas did not write.
 
     1. Refit the FFN output matrices in closed form, on `refit_rows` of the rows.
     2. Learn gains, and with a `rank` an update of the matrices: Adam at `rate`, going down to 0 linearly; a step has
@@ -86,9 +89,9 @@ def recover(
     """
     if backbone.sharded:
         raise BackboneError("recovery needs the whole backbone in one process: groups.shards = 1")
-    config = _distilling(config, recovery.foreign)
+    config = distilling(config, recovery)
     settings, objective = MicroBatchConfig.of(config, backbone.device), config.learning.objective
-    rows, teacher = _Rows(backbone, config, masked), TeacherCache(objective.top_logits, objective.head_tokens)
+    rows, teacher = _Rows(backbone, config, masked, foreign), TeacherCache(objective.top_logits, objective.head_tokens)
     with BackboneRunner(backbone) as runner:
         for number, visited in rows.visited(recovery.steps).items():
             teacher.collect_rows(runner, rows.encoded[number], settings, visited)
@@ -168,9 +171,9 @@ class _Parts:
             weight.copy_(self._kept[name].float().lerp(changed[name].float(), part))
 
 
-def _distilling(config: RunConfig, foreign: float) -> RunConfig:
+def distilling(config: RunConfig, recovery: Recovery) -> RunConfig:
     """The run's configuration, whatever its masks learned from, with what a mended backbone learns from."""
-    learned = {"cross_entropy": 0.0, "distillation": 1.0, "foreign": foreign}
+    learned = {"cross_entropy": 0.0, "distillation": 1.0, "foreign": recovery.foreign}
     objective = config.learning.objective.model_copy(update=learned)
     return config.model_copy(update={"learning": config.learning.model_copy(update={"objective": objective})})
 
@@ -203,9 +206,8 @@ def check_free(to: Path) -> None:
 class _Rows:
     """The rows of all personas, and which of them a step has: some of two personas."""
 
-    def __init__(self, backbone: Backbone, config: RunConfig, masked: Sequence[Masked]) -> None:
-        self.learning, objective = config.learning, config.learning.objective
-        foreign = read_generic_rows(objective.generic_rows) if objective.foreign else ()
+    def __init__(self, backbone: Backbone, config: RunConfig, masked: Sequence[Masked], foreign: Sequence[Row]) -> None:
+        self.learning = config.learning
         self.keeps = [each.keep_LI for each in masked]
         data = [with_foreign_rows(each.data, foreign, self.learning) for each in masked]
         limit = self.learning.max_row_tokens

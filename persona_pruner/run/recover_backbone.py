@@ -2,18 +2,23 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from persona_pruner.backbone.load import Backbone, load_backbone
 from persona_pruner.config.schema import RunConfig
-from persona_pruner.dataset import read_persona_data
+from persona_pruner.dataset import PersonaData, Row, read_generic_rows, read_persona_data
 from persona_pruner.errors import MaskError
 from persona_pruner.evaluation.likelihood import heldout_loss
-from persona_pruner.learning.shared_recovery import Masked, Recovery, check_free, recover, save_recovered
+from persona_pruner.learning.persona_tokens import with_foreign_rows
+from persona_pruner.learning.shared_recovery import Masked, Recovery, check_free, distilling, recover, save_recovered
 from persona_pruner.manifest import Persona
 from persona_pruner.masks.format import Mask
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
+
+HELD_OUT = 8
+"""Every eighth foreign row is held out."""
 
 
 def recover_backbone(
@@ -49,8 +54,30 @@ def mend(
     recovery: Recovery,
     say: Callable[[str], None] = print,
 ) -> tuple[float, float]:
-    """Mend `backbone`, in place. The mean held-out loss of the personas before and after, nats per token."""
-    return recover(backbone, config, masked, recovery, lambda: _heldout(backbone, config, masked), say)
+    """Mend `backbone`, in place. The mean held-out loss of the personas before and after, nats per token.
+
+    Held out are the personas' own rows that are always, of their training rows where there are none, and as large a
+    share of foreign rows as it learns from.
+    """
+    distilling_config = distilling(config, recovery)
+    foreign = read_generic_rows(config.learning.objective.generic_rows) if recovery.foreign else ()
+    aside = foreign[::HELD_OUT]
+    learned = [row for number, row in enumerate(foreign) if number % HELD_OUT]
+    rows = [_heldout_rows(each.data, aside, distilling_config) for each in masked]
+
+    def heldout() -> float:
+        every = zip(masked, rows, strict=True)
+        return statistics.mean(
+            heldout_loss(backbone, config, each.data.description, own, each.keep_LI) for each, own in every
+        )
+
+    return recover(backbone, config, masked, learned, recovery, heldout, say)
+
+
+def _heldout_rows(data: PersonaData, foreign: Sequence[Row], config: RunConfig) -> Sequence[Row]:
+    mixed = with_foreign_rows(replace(data, train=data.heldout or data.train), foreign, config.learning)
+    assert isinstance(mixed, PersonaData)
+    return mixed.train
 
 
 def _masked(
@@ -68,11 +95,3 @@ def _masked(
     if not masked:
         raise MaskError(f"{storage.url}: has no mask of the {len(personas)} personas; make masks first")
     return masked
-
-
-def _heldout(backbone: Backbone, config: RunConfig, masked: Sequence[Masked]) -> float:
-    """Mean over the personas; of their training rows where they have no others."""
-    return statistics.mean(
-        heldout_loss(backbone, config, each.data.description, each.data.heldout or each.data.train, each.keep_LI)
-        for each in masked
-    )

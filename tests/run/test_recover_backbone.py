@@ -66,7 +66,7 @@ def test_nothing_is_written_where_it_does_not(output, tmp_path, personas, reason
 def test_the_part_of_the_change_is_kept_that_does_best_on_held_out_answers(output, tmp_path):
     config, storage = output
     said = []
-    recover_backbone(config, PERSONAS, storage, tmp_path / "mended", Recovery(steps=20), said.append)
+    recover_backbone(config, PERSONAS, storage, tmp_path / "mended", Recovery(steps=20, foreign=0), said.append)
     tried = [float(line.split(" at ")[1].split()[0]) for line in said if "of the change" in line]
     before, after = (float(said[-2].split(word)[0].split()[-1]) for word in (" before", " after"))
     refitted, learned = tried[:3], tried[3:]
