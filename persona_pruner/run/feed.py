@@ -1,12 +1,51 @@
-"""Synthesis in a thread of its own, which hands each persona over to the scheduler as soon as its data are there."""
+"""Synthesis in a thread of its own: the scheduler gets each persona as soon as its data are there, and a stop need not
+wait for the next one's."""
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from persona_pruner.manifest import Persona
+from persona_pruner.run.stop import Stop
 from persona_pruner.scheduling.persona_job import PersonaJob
 from persona_pruner.synthesis.pipeline import SynthesisResult
+
+SECONDS_TO_STOP = 0.2
+
+
+def interruptible(results: Iterable[SynthesisResult], stop: Stop) -> Iterator[SynthesisResult]:
+    """The results as they come; minutes may pass between two. Raises StoppedError, and what `results` raises.
+
+    After that no further result is taken: Ray may be down by then.
+    """
+    arrived: queue.Queue[SynthesisResult | Exception | None] = queue.Queue()
+    closed = threading.Event()
+
+    def take() -> None:
+        try:
+            for result in results:
+                if closed.is_set():
+                    return
+                arrived.put(result)
+            arrived.put(None)
+        except Exception as error:
+            arrived.put(error)
+
+    threading.Thread(target=take, name="results", daemon=True).start()
+    try:
+        while True:
+            try:
+                result = arrived.get(timeout=SECONDS_TO_STOP)
+            except queue.Empty:
+                stop.check()
+                continue
+            if result is None:
+                return
+            if isinstance(result, Exception):
+                raise result
+            yield result
+    finally:
+        closed.set()
 
 
 class Opposites:

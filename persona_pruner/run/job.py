@@ -18,7 +18,7 @@ from persona_pruner.manifest import Persona
 from persona_pruner.masks.catalog import update_catalog
 from persona_pruner.run.advice import advice, next_steps
 from persona_pruner.run.catalog_updates import CatalogUpdates
-from persona_pruner.run.feed import Opposites, SynthesisFeed, job_of
+from persona_pruner.run.feed import Opposites, SynthesisFeed, interruptible, job_of
 from persona_pruner.run.identity import Identity, check_run
 from persona_pruner.run.lease import Lease
 from persona_pruner.run.phases import ANSWERING, COMPARING, SCORING
@@ -207,7 +207,8 @@ class Job:
         """Ends early where the job is stopped."""
         config, personas = self.request.config, self.request.manifest.personas
         if self.shared is None:
-            yield from synthesize(config, personas, todo, self.request.output, self.identity.references)
+            results = synthesize(config, personas, todo, self.request.output, self.identity.references)
+            yield from interruptible(results, self.stop)
             return
         asked = set(todo)
         tiles = tiles_of([p for p in personas if p.id in asked], config, config.group_pool.max)

@@ -1,8 +1,11 @@
 import dataclasses
 import threading
 
+import pytest
+
 from persona_pruner.manifest import Persona
-from persona_pruner.run.feed import Opposites, SynthesisFeed
+from persona_pruner.run.feed import Opposites, SynthesisFeed, interruptible
+from persona_pruner.run.stop import StoppedError
 from persona_pruner.synthesis.pipeline import SynthesisResult
 
 ADA, BEN, CLEO = (Persona(name, f"{name} sails") for name in ("ada", "ben", "cleo"))
@@ -13,6 +16,51 @@ def drain(feed):
     while (job := feed.arrivals.get(timeout=10)) is not None:
         jobs.append((job.persona.id, job.state))
     return jobs
+
+
+class Asked:
+    """A stop that is asked for from the second check on."""
+
+    checks = 0
+
+    def check(self):
+        self.checks += 1
+        if self.checks > 1:
+            raise StoppedError("SIGINT")
+
+
+def test_a_stop_does_not_wait_for_the_next_result_and_takes_none_after_it():
+    go, ended, touched = threading.Event(), threading.Event(), []
+
+    def results():
+        try:
+            yield SynthesisResult("ada")
+            go.wait(20)
+            touched.append("ben")
+            yield SynthesisResult("ben")
+            touched.append("cleo")
+        finally:
+            ended.set()
+
+    given = interruptible(results(), Asked())
+    assert next(given).persona_id == "ada"
+    with pytest.raises(StoppedError, match="SIGINT"):
+        next(given)
+    assert touched == []
+    go.set()
+    assert ended.wait(10)
+    assert touched == ["ben"]
+
+
+def test_what_ends_the_results_is_raised_after_those_before_it():
+    def results():
+        yield SynthesisResult("ada")
+        raise OSError("broken")
+
+    given = interruptible(results(), Asked())
+    assert next(given).persona_id == "ada"
+    with pytest.raises(OSError, match="broken"):
+        next(given)
 
 
 def test_ready_personas_come_first_then_each_as_its_data_are_there_then_the_end():
