@@ -145,7 +145,8 @@ def render(answers: Iterable[pa.Table]) -> Table:
             arms.setdefault(arm, []).append(values)
     shown = Table(title="Answers to held-out questions, means over personas", title_justify="left", box=None)
     for name in ("arm", "personas", *SHOWN.values()):
-        shown.add_column(name, justify="left" if name == "arm" else "right")
+        # Two of the names differ in their ends only, which a narrow terminal would cut off.
+        shown.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name == "arm")
     for arm, rows in arms.items():
         means = (mean(row[name] for row in rows) for name in SHOWN)
         shown.add_row(arm, str(len(rows)), *("" if value is None else f"{value:.2f}" for value in means))

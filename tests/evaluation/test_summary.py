@@ -1,12 +1,14 @@
+import io
 import json
 
 import pyarrow as pa
 import pytest
 from mask_examples import mask
+from rich.console import Console
 
 from persona_pruner.errors import ConfigError
 from persona_pruner.evaluation.answers import SCHEMA
-from persona_pruner.evaluation.summary import by_arm, failing, store_summary, stored_losses, summarize
+from persona_pruner.evaluation.summary import by_arm, failing, render, store_summary, stored_losses, summarize
 from persona_pruner.masks.store import MaskStore
 from persona_pruner.storage import keys
 from persona_pruner.storage.open import open_storage
@@ -31,6 +33,14 @@ def test_measures_are_means_over_the_answers_of_an_arm():
     assert values["rank"] == 2
     assert values["own_loss"] == 1.5
     assert values["distinct_1"] == 3 / 4
+
+
+def test_arms_keep_their_names_on_a_narrow_terminal():
+    rows = pa.concat_tables([answers(arm="activation"), answers(arm="activation_generic")])
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render([rows]))
+    arms = [line.split()[0] for line in console.file.getvalue().splitlines()[2:]]
+    assert arms == ["activation", "activation_generic"]
 
 
 def test_a_persona_without_a_classifier_has_no_rank():
