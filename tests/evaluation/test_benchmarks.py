@@ -42,6 +42,8 @@ def test_a_masked_backbone_and_its_exported_checkpoint_have_the_same_accuracy(tm
     backbone, config, storage = make_run(tmp_path)
     rows = benchmark(backbone, storage, settings, ["ann", "bo"])
     assert [row[:4] for row in rows] == [["letters", "acc", arm, 40] for arm in ("unpruned", "ann", "bo")]
+    for *_, value, error in rows:
+        assert error == pytest.approx((value * (1 - value) / 39) ** 0.5, abs=1e-3)
     mask = Mask.from_bytes(storage.get(keys.mask("ann")), "ann")
     export_pruned(mask, config.backbone, tmp_path / "exported")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="float32").eval()
