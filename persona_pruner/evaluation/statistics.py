@@ -67,7 +67,8 @@ def headline(
     """`rows`: one figure per persona for "unpruned", "own" and baselines.
 
     The strongest baseline is the one with the smallest mean drop. None where nobody has all of them, or where it is
-    not certain that this baseline loses anything: the interval of its drop holds 0.
+    not certain that this baseline loses anything: the interval of its drop holds 0, or it loses nothing in a resample, so
+    that the share has no interval.
     """
     names = [name for name in baselines if rows and all(name in row for row in rows)]
     if not names or any("unpruned" not in row or "own" not in row for row in rows):
@@ -84,7 +85,8 @@ def headline(
         whole = unpruned.mean(axis) - baseline.mean(axis)
         return 1 - (unpruned.mean(axis) - own.mean(axis)) / np.where(whole == 0, np.nan, whole)
 
-    return Headline(_estimate((columns["unpruned"], columns["own"], columns[strongest]), share), strongest)
+    kept = _estimate((columns["unpruned"], columns["own"], columns[strongest]), share)
+    return None if kept.low is None and kept.personas > 1 else Headline(kept, strongest)
 
 
 def _estimate(columns: tuple[np.ndarray, ...], statistic: object) -> Estimate:

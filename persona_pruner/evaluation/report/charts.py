@@ -57,7 +57,7 @@ def turns(table: Mapping[str, Any], measure: str) -> Spec:
             color=alt.Color(
                 "method:N",
                 scale=_colors({row["method"] for row in rows}),
-                legend=alt.Legend(title=None, orient="top"),
+                legend=alt.Legend(title=None, orient="top", columns=alt.ExprRef("width < 480 ? 3 : 0")),
             ),
             tooltip=["method:N", "turn:Q", alt.Tooltip("value:Q", format=".3f")],
         )

@@ -34,6 +34,8 @@ def test_turns_are_plotted_and_what_was_not_measured_is_left_out():
     assert values(charts.turns(table, "first")) == [
         {"turn": 1, "method": "own", "value": 0.5}, {"turn": 1, "method": "unpruned", "value": 1},
     ]  # fmt: skip
+    # The names of seven arms in one line are cut off on a telephone.
+    assert charts.turns(table, "first")["encoding"]["color"]["legend"]["columns"] == {"expr": "width < 480 ? 3 : 0"}
 
 
 def test_a_distribution_counts_every_persona_once_per_method_and_does_not_grow_with_them():
