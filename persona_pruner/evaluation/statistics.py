@@ -67,8 +67,8 @@ def headline(
     """`rows`: one figure per persona for "unpruned", "own" and baselines.
 
     The strongest baseline is the one with the smallest mean drop. None where nobody has all of them, or where it is
-    not certain that this baseline loses anything: the interval of its drop holds 0, or it loses nothing in a resample, so
-    that the share has no interval.
+    not certain that this baseline loses anything: the interval of its drop holds 0, or it loses nothing in a
+    resample, so that the share has no interval.
     """
     names = [name for name in baselines if rows and all(name in row for row in rows)]
     if not names or any("unpruned" not in row or "own" not in row for row in rows):

@@ -48,3 +48,10 @@ def test_pairs_are_resampled_together():
 )
 def test_there_is_no_headline_without_the_arms_or_where_the_baseline_may_have_lost_nothing(rows):
     assert headline(rows, ("global",), higher_is_better=True) is None
+
+
+def test_there_is_no_headline_where_its_share_has_no_interval():
+    # In one of 256 resamples the baseline loses nothing; its drop is certain, but no share of it.
+    rows = [{"unpruned": 1.0, "own": 0.5, "global": float(number < 4)} for number in range(8)]
+    assert mean_estimate([row["unpruned"] - row["global"] for row in rows]).low > 0
+    assert headline(rows, ("global",), higher_is_better=True) is None
