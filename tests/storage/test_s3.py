@@ -67,7 +67,8 @@ def test_a_server_that_trickles_does_not_outlive_the_deadline(broken):
     storage, proxy, direct = broken
     direct.put("object", b"x" * 100_000)
     proxy.plan(faults.TRICKLE, method="GET")
-    with pytest.raises(StorageError, match=r"run/object: \d+ of 100000 bytes came"):
+    # On a busy machine not one byte comes in time.
+    with pytest.raises(StorageError, match=r"run/object: (\d+ of 100000 bytes came|no server answers)"):
         storage.get("object")
 
 
