@@ -86,7 +86,7 @@ def benchmark(
     A task that is stored already under the same settings and mask is not run again, and what is stored of other tasks
     and masks stays. Raises UserError, NotFoundError.
     """
-    results, checked = _read(storage), False
+    results = _read(storage)
     for arm in (None, *(_own(backbone, storage, persona_id) for persona_id in persona_ids), *rivals):
         name, biases = (arm.name, arm.bias_LD) if arm else ("unpruned", None)
         for task in settings.tasks:
@@ -95,9 +95,7 @@ def benchmark(
             key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
             if results.get(f"{name} {task}", {}).get("made_by") == key:
                 continue
-            if not checked:
-                _checked_manager(settings)
-                checked = True
+            _checked_manager(settings)
             with ChannelMasks(backbone.model) as channels, added_biases(backbone, biases):
                 channels.set(None if arm is None else arm.keep_LI.to(backbone.device))
                 found = run_tasks(backbone.model, backbone.tokenizer, alone)

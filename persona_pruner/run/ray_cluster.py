@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tenacity import Retrying, stop_after_attempt
+
 from persona_pruner.backbone.operator import compile_operator
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import ClusterError
@@ -60,14 +62,8 @@ def connect(config: RunConfig) -> None:
 def _start_local(**options: Any) -> None:
     import ray
 
-    for start in range(1, LOCAL_STARTS + 1):
-        try:
-            ray.init(address="local", **options)
-            return
-        except Exception:
-            if start == LOCAL_STARTS:
-                raise
-            ray.shutdown()
+    starts = Retrying(stop=stop_after_attempt(LOCAL_STARTS), before_sleep=lambda _: ray.shutdown(), reraise=True)
+    starts(ray.init, address="local", **options)
 
 
 def _local_cpus(config: RunConfig) -> int:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 from mask_examples import mask
@@ -80,3 +81,30 @@ def test_the_part_of_the_change_is_kept_that_does_best_on_held_out_answers(outpu
         for each, keep in zip(data, keeps, strict=True)
     ]
     assert sum(losses) / 2 == pytest.approx(after, abs=1e-3)
+
+
+def test_foreign_rows_that_decide_what_is_kept_are_not_learned_from(output, tmp_path, monkeypatch):
+    config, storage = output
+    file = tmp_path / "others.jsonl"
+    file.write_text("".join(json.dumps({"question": f"Q{n}?", "answer": f"Yes {n}."}) + "\n" for n in range(40)))
+    settings = config.model_dump(mode="json")
+    settings["learning"]["objective"]["generic_rows"] = str(file)
+    config, learned, measured = check_config(settings), [], []
+
+    def noted(backbone, config, masked, foreign, recovery, heldout, say):
+        learned.extend(foreign)
+        return heldout(), 0.0
+
+    def loss(backbone, config, description, rows, keep):
+        measured.append(rows)
+        return 1.0
+
+    monkeypatch.setattr("persona_pruner.run.recover_backbone.recover", noted)
+    monkeypatch.setattr("persona_pruner.run.recover_backbone.heldout_loss", loss)
+    recover_backbone(config, PERSONAS, storage, tmp_path / "mended", Recovery(), lambda _: None)
+    for persona, rows in zip(PERSONAS, measured, strict=False):
+        own = read_persona_data(storage, persona).heldout
+        foreign = [row for row in rows if row not in own]
+        assert set(own) < set(rows)
+        assert len(foreign) == len(own)
+        assert not set(foreign) & set(learned)

@@ -67,8 +67,9 @@ def test_a_server_that_trickles_does_not_outlive_the_deadline(broken):
     storage, proxy, direct = broken
     direct.put("object", b"x" * 100_000)
     proxy.plan(faults.TRICKLE, method="GET")
-    # On a busy machine not one byte comes in time.
-    with pytest.raises(StorageError, match=r"run/object: (\d+ of 100000 bytes came|no server answers)"):
+    # On a busy machine not one byte comes within FAST's deadline.
+    storage = open_storage(storage.url, StorageConfig(deadline_seconds=6.0))
+    with pytest.raises(StorageError, match=r"run/object: \d+ of 100000 bytes came"):
         storage.get("object")
 
 
