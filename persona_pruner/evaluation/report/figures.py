@@ -7,6 +7,7 @@ from typing import Any
 from persona_pruner.evaluation.report.data import PersonaFigures, ReportData
 from persona_pruner.evaluation.statistics import Estimate, Headline, headline, mean_estimate
 from persona_pruner.evaluation.subject import ARMS
+from persona_pruner.evaluation.summary import Measures
 
 BASELINES = ("global", "activation", "magnitude", "random")
 TEXTS = {
@@ -51,6 +52,8 @@ class Figures:
     """Mean losses by text and method, of the personas that have that text; nats per token."""
     measures: dict[str, dict[str, Estimate]]
     """Means of the answers' measures, by measure and arm."""
+    differences: dict[str, dict[str, Estimate]]
+    """By measure and arm: the own mask's figure minus the arm's, paired over the personas that have both."""
     headlines: list[tuple[str, Headline]]
     """By what was measured."""
     benchmarks: list[Benchmark]
@@ -66,6 +69,7 @@ def figures_of(data: ReportData) -> Figures:
     return Figures(
         losses=_losses(personas),
         measures=_measures(personas),
+        differences=_differences(personas),
         headlines=_headlines(personas),
         benchmarks=_benchmarks(data.tables.get("benchmarks", {})),
         settings=_settings(data.run),
@@ -86,11 +90,33 @@ def _losses(personas: Sequence[PersonaFigures]) -> dict[str, dict[str, Estimate]
 
 
 def _measures(personas: Sequence[PersonaFigures]) -> dict[str, dict[str, Estimate]]:
+    return _means_by_arm([one.measures for one in personas])
+
+
+def _differences(personas: Sequence[PersonaFigures]) -> dict[str, dict[str, Estimate]]:
+    return _means_by_arm([_own_minus_others(one.measures) for one in personas])
+
+
+def _own_minus_others(measures: Measures) -> Measures:
+    own = measures.get("own", {})
+    return {
+        arm: {
+            name: own_value - value
+            for name, value in values.items()
+            if value is not None and (own_value := own.get(name)) is not None
+        }
+        for arm, values in measures.items()
+        if arm != "own"
+    }
+
+
+def _means_by_arm(measures: Sequence[Measures]) -> dict[str, dict[str, Estimate]]:
+    """`measures`: of one persona each."""
     estimates: dict[str, dict[str, Estimate]] = {}
     for name in MEASURES:
         by_arm: dict[str, list[float]] = {}
-        for one in personas:
-            for arm, values in one.measures.items():
+        for one in measures:
+            for arm, values in one.items():
                 if (value := values.get(name)) is not None:
                     by_arm.setdefault(arm, []).append(value)
         if by_arm:

@@ -15,7 +15,8 @@ def data_of(personas, tables=None, errors=()):
 
 def test_metadata_and_text_say_the_figures_of_the_report():
     losses = {"answers": {"unpruned": 1.0, "own": 1.1, "global": 1.4}}
-    personas = [PersonaFigures(f"p{n}", "", 0.5, 3000, losses, {"own": {"first": 0.75}}) for n in range(3)]
+    measures = {"own": {"first": 0.75}, "flap": {"first": 0.5}}
+    personas = [PersonaFigures(f"p{n}", "", 0.5, 3000, losses, measures) for n in range(3)]
     rows = [["mmlu", "acc", arm, 200, value, None] for arm, value in (("unpruned", 0.4), ("p1", 0.3))]
     data = data_of(personas, {"benchmarks": {"columns": COLUMNS, "rows": rows}}, errors=[{"persona_id": "p9"}])
     card = ModelCard(model_card(data, to="hf://crew/masks", base_model="org/tiny-llama"))
@@ -28,6 +29,7 @@ def test_metadata_and_text_say_the_figures_of_the_report():
         ("mmlu", "acc"): 0.3,
     }
     assert "| held-out questions answered in their voice | 1.000 [1.000, 1.000] | 1.100 [1.100, 1.100] |" in card.text
+    assert "| in character: own description ranks first | 0.250 [0.250, 0.250] |" in card.text
     assert "| mmlu | acc | 200 | 0.400 | 0.300 | 1 |" in card.text
     assert 'snapshot_download("crew/masks")' in card.text
     assert "removes 75 %" in card.text

@@ -28,6 +28,23 @@ def test_means_and_headlines_over_personas():
     assert shares["in character: own description ranks first"] == ("flap", pytest.approx(0.75))
 
 
+def test_differences_are_paired_over_the_personas_that_have_both():
+    people = [
+        PersonaFigures(f"p{number}", "", 0.5, 3000, {}, {
+            "unpruned": {"rank": 1.0 + number}, "own": {"rank": 1.5 + number},
+            "global": {"rank": None if number == 2 else 2.0 + number, "preferred": 0.5},
+        })
+        for number in range(3)
+    ]  # fmt: skip
+    found = figures_of(data_of(people)).differences
+    assert list(found) == ["rank"]
+    # All personas differ alike, though they lie far apart.
+    assert {arm: (one.value, one.low, one.high, one.personas) for arm, one in found["rank"].items()} == {
+        "unpruned": (0.5, 0.5, 0.5, 3),
+        "global": (-0.5, -0.5, -0.5, 2),
+    }
+
+
 def test_benchmarks_are_paired_with_the_unpruned_backbone():
     columns = ["task", "metric", "arm", "questions", "value", "standard error"]
     rows = [["mmlu", "acc", arm, 200, value, None] for arm, value in (("unpruned", 0.4), ("a", 0.3), ("b", 0.2))]

@@ -163,6 +163,14 @@ def test_the_headline_says_what_the_strongest_baseline_lost_and_the_own_mask_did
     assert "“global”, the strongest baseline" in text
 
 
+def test_a_page_without_a_headline_says_why():
+    arms = {arm: {"first": 0.5} for arm in ("unpruned", "own", "flap")}
+    people = [PersonaFigures(f"p{n}", "", 0.5, 3000, {}, arms) for n in range(2)]
+    text = render(dataclasses.replace(report_data(), personas=people, sample=[], shared=None))
+    assert "No headline: no baseline was measured, or it is not certain" in text
+    assert "No comparison is stored" not in text
+
+
 def words(html):
     """Of what a reader sees."""
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html.split("<main>")[1].split("</main>")[0]))
@@ -174,6 +182,9 @@ def test_everything_that_is_stored_has_its_place():
     assert re.search(r"mmlu acc 200 0.400 0.325 \[.*?\] -0.075 2 persona-0001 0.250", text)
     assert "json own 6 4 0.750 0.500" in text
     assert "In character: own description ranks first" in text
+    # 0.8 against 0.9 unpruned and 0.5.
+    assert "Own mask minus each arm" in text
+    assert "in character: own description ranks first -0.10 [-0.10, -0.10] 0.30 [0.30, 0.30]" in text
     assert "parameters 3.00 G 2.55 G 85.0 %" in text
     assert "FLOPs per token 6.20 G 5.30 G 85.5 %" in text
     assert "big 96 12,345 96" in text
