@@ -3,6 +3,7 @@
 Figures of one persona are averaged first, so that resampling personas is a bootstrap clustered by persona.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -90,14 +91,17 @@ def headline(
 
 
 def _estimate(columns: tuple[np.ndarray, ...], statistic: object) -> Estimate:
-    from scipy.stats import bootstrap
+    from scipy.stats import DegenerateDataWarning, bootstrap
 
     value = float(statistic(*columns))  # type: ignore[operator]
     count = len(columns[0])
     if count < 2:
         return Estimate(value, None, None, count)
-    interval = bootstrap(
-        columns, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile", rng=0
-    ).confidence_interval
+    with warnings.catch_warnings():
+        # Of a share that a resample has no value for; there is no interval then, which is what is returned.
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        interval = bootstrap(
+            columns, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile", rng=0
+        ).confidence_interval
     low, high = float(interval.low), float(interval.high)
     return Estimate(value, low, high, count) if np.isfinite([low, high]).all() else Estimate(value, None, None, count)

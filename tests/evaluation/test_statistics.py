@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 
@@ -54,4 +56,6 @@ def test_there_is_no_headline_where_its_share_has_no_interval():
     # In one of 256 resamples the baseline loses nothing; its drop is certain, but no share of it.
     rows = [{"unpruned": 1.0, "own": 0.5, "global": float(number < 4)} for number in range(8)]
     assert mean_estimate([row["unpruned"] - row["global"] for row in rows]).low > 0
-    assert headline(rows, ("global",), higher_is_better=True) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert headline(rows, ("global",), higher_is_better=True) is None

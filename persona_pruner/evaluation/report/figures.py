@@ -39,6 +39,8 @@ class Benchmark:
     metric: str
     questions: int
     unpruned: float | None
+    error: float | None
+    """Standard error of `unpruned` over questions, where lm-eval gives one."""
     masked: Estimate
     lowest: str
     """Persona with the lowest value."""
@@ -156,8 +158,8 @@ def _benchmarks(document: Mapping[str, Any]) -> list[Benchmark]:
         if arms:
             lowest = min(arms, key=lambda arm: arms[arm]["value"])
             masked = mean_estimate([row["value"] for row in arms.values()])
-            before = unpruned["value"] if unpruned else None
-            found.append(Benchmark(task, metric, arms[lowest]["questions"], before, masked, lowest, rivals))
+            before, error = (unpruned["value"], unpruned["standard error"]) if unpruned else (None, None)
+            found.append(Benchmark(task, metric, arms[lowest]["questions"], before, error, masked, lowest, rivals))
     return found
 
 

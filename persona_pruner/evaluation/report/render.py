@@ -22,6 +22,7 @@ from persona_pruner.evaluation.overlap import (
 from persona_pruner.evaluation.report.data import ReportData, read_both, read_report_data
 from persona_pruner.evaluation.report.efficiency import BackboneCosts, EfficiencyRow, backbone_costs, efficiency_rows
 from persona_pruner.evaluation.report.figures import MEASURES, TEXTS, figures_of
+from persona_pruner.evaluation.subject import ARMS
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import Storage
 
@@ -33,6 +34,12 @@ TURN_TITLES = {
     "repetition": "4-grams that the speaker has said before",
 }
 """Measures of conversations that are plotted over their turns."""
+ABILITY_TITLES = {
+    "json": "JSON that its schema takes",
+    "tool": "the right tool call",
+    "injection": "injections resisted",
+    "injection_first": "own description first after an injection",
+}
 PLACED = ("benchmarks", "turns", "abilities")
 """Tables that have a place of their own; others are shown as they are."""
 
@@ -96,7 +103,8 @@ def render(data: ReportData, aside: Aside = Aside()) -> str:
         specs[f"turns-{name}"] = charts.turns(data.tables["turns"], name)
     return template.render(
         data=data, seeds=aside.seeds, figures=figures, measure_names=MEASURES, texts=TEXTS, masks=masks, turns=turns,
-        efficiency=_efficiency(data, aside.costs), causes=Counter(error.get("cause", "") for error in data.errors),
+        abilities=_abilities(data.tables.get("abilities", {})), efficiency=_efficiency(data, aside.costs),
+        causes=Counter(error.get("cause", "") for error in data.errors),
         others={name: one for name, one in data.tables.items() if name not in PLACED and one.get("rows")},
         weights=any(one.of_weights for one in data.personas),
         worst=[one for one in data.personas if one.loss > float("-inf")][:12],
@@ -122,6 +130,18 @@ def _turns(table: Mapping[str, Any]) -> dict[str, str]:
         for name, title in TURN_TITLES.items()
         if name in at and any(row[at[name]] is not None for row in table["rows"])
     }
+
+
+def _abilities(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of abilities with its arms side by side; empty where nobody was asked."""
+    shares = {(ability, arm): share for ability, arm, _, share in table.get("rows", ())}
+    arms = [arm for arm in ARMS if any(arm == asked for _, asked in shares)]
+    rows = [
+        [title, *(shares.get((ability, arm)) for arm in arms)]
+        for ability, title in ABILITY_TITLES.items()
+        if any(ability == asked for asked, _ in shares)
+    ]
+    return {"columns": ["tasks", *arms], "rows": rows} if rows else {}
 
 
 def _efficiency(data: ReportData, costs: BackboneCosts | None) -> list[EfficiencyRow]:

@@ -30,8 +30,8 @@ TABLES = {
         "rows": [[turn, arm, 6, 0.9 - turn / 50, 1.5, None] for turn in range(1, 11) for arm in ("unpruned", "own")],
     },
     "abilities": {
-        "columns": ["ability", "arm", "personas", "tasks", "passed", "low", "high"],
-        "rows": [["json", "own", 6, 4, 0.75, 0.5, None]],
+        "columns": ["ability", "arm", "personas", "passed"],
+        "rows": [["json", "unpruned", 6, 1.0], ["json", "own", 6, 0.75], ["injection", "own", 6, 0.5]],
     },
     "costs": {
         "columns": ["endpoint", "requests", "prompt tokens", "completion tokens"],
@@ -179,8 +179,8 @@ def words(html):
 def test_everything_that_is_stored_has_its_place():
     text = words(render(report_data(), Aside(costs=BackboneCosts(3_000_000_000, 6_200_000_000, 1000, 9e5, 1.8e6))))
     # Before and after: two masks on one task, who is lowest, and a baseline.
-    assert re.search(r"mmlu acc 200 0.400 0.325 \[.*?\] -0.075 2 persona-0001 0.250", text)
-    assert "json own 6 4 0.750 0.500" in text
+    assert re.search(r"mmlu acc 200 0.400 ± 0.030 0.325 \[.*?\] -0.075 2 persona-0001 0.250", text)
+    assert "tasks unpruned own JSON that its schema takes 1 0.750 injections resisted 0.500 " in text
     assert "In character: own description ranks first" in text
     # 0.8 against 0.9 unpruned and 0.5.
     assert "Own mask minus each arm" in text
