@@ -51,10 +51,9 @@ class PrefixCache:
     lengths: list[int]
 
     def leaves(self) -> "PrefixCache":
-        """The same values cut from their graph, collecting gradients of their own."""
-        return PrefixCache(
-            [(k.detach().requires_grad_(), v.detach().requires_grad_()) for k, v in self.layers], self.lengths
-        )
+        """The same values cut from their graph, collecting gradients of their own where the graph can use them: nothing
+        below the first mask learns, and neither does what stands behind it there."""
+        return PrefixCache([(_leaf(k), _leaf(v)) for k, v in self.layers], self.lengths)
 
     def tensors(self) -> list[Tensor]:
         return [tensor for pair in self.layers for tensor in pair]
@@ -203,6 +202,10 @@ def pad_rows(rows: Sequence[Sequence[int]], pad: int) -> Tensor:
     """Rows as int64 [B, T], padded on the right."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+
+
+def _leaf(states: Tensor) -> Tensor:
+    return states.detach().requires_grad_(states.requires_grad)
 
 
 def _cache(layers: list[Any]) -> DynamicCache:

@@ -156,17 +156,20 @@ def lm_head_loss_and_grad(
             logq_NV = log_probabilities(logits_NV.detach(), tokens)
             target_N1 = targets_N[chunk, None]
             cross_entropy.append(-logq_NV.gather(1, target_N1)[:, 0])
-            grad_logits_NV = logq_NV.exp().mul_(objective.cross_entropy + (objective.distillation if teacher else 0))
+            teacher_probs_NV = None
             if teacher is not None and teacher_rows is not None:
                 teacher_probs_NV, kl_N = teacher.compare(runner, teacher_rows, chunk, logq_NV, tokens)
                 divergence.append(kl_N)
-                grad_logits_NV.sub_(teacher_probs_NV, alpha=objective.distillation)
             else:
                 divergence.append(torch.zeros_like(cross_entropy[-1]))
-            one_hot = torch.full_like(target_N1, -objective.cross_entropy, dtype=grad_logits_NV.dtype)
-            grad_logits_NV.scatter_add_(1, target_N1, one_hot)
         if gradient:
-            grad_logits_NV.mul_(micro_batch.weight_N[chunk, None])
+            # In place: a second buffer of N x V costs its page faults, several percent of a step on CPUs.
+            weight_N1 = micro_batch.weight_N[chunk, None]
+            student = objective.cross_entropy + (objective.distillation if teacher else 0)
+            grad_logits_NV = logq_NV.exp_().mul_(student * weight_N1)
+            if teacher_probs_NV is not None:
+                grad_logits_NV.addcmul_(teacher_probs_NV, weight_N1, value=-objective.distillation)
+            grad_logits_NV.scatter_add_(1, target_N1, -objective.cross_entropy * weight_N1)
             # Not torch.autograd.grad, which fails on leaves while FlopCounterMode watches (mask_step.py).
             logits_NV.backward(grad_logits_NV.to(logits_NV.dtype))
             assert leaf.grad is not None
