@@ -4,7 +4,7 @@ import json
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from persona_pruner.cli.app import app, console, say
 from persona_pruner.cli.options import (
@@ -66,7 +66,7 @@ def benchmark(
     if as_json:
         print(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows], indent=1))
         return
-    table = Table(*COLUMNS, box=None)
+    table = Table(*(Column(name, overflow="fold") for name in COLUMNS), box=None)
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
     console.print(table)

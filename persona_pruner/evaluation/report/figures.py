@@ -10,6 +10,8 @@ from persona_pruner.evaluation.subject import ARMS
 from persona_pruner.evaluation.summary import Measures
 
 BASELINES = ("global", "activation", "magnitude", "random")
+# Of lm-eval's metrics.
+LOWER_IS_BETTER = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter"}
 TEXTS = {
     "conversations": "real conversations of the personas",
     "answers": "held-out questions answered in their voice",
@@ -42,8 +44,8 @@ class Benchmark:
     error: float | None
     """Standard error of `unpruned` over questions, where lm-eval gives one."""
     masked: Estimate
-    lowest: str
-    """Persona with the lowest value."""
+    worst: str
+    """Persona with the worst value."""
     rivals: dict[str, float]
     """By arm: one mask for all, baselines."""
 
@@ -156,10 +158,11 @@ def _benchmarks(document: Mapping[str, Any]) -> list[Benchmark]:
         unpruned = arms.pop("unpruned", None)
         rivals = {arm: arms.pop(arm)["value"] for arm in ARMS if arm in arms}
         if arms:
-            lowest = min(arms, key=lambda arm: arms[arm]["value"])
+            pick = max if metric in LOWER_IS_BETTER else min
+            worst = pick(arms, key=lambda arm: arms[arm]["value"])
             masked = mean_estimate([row["value"] for row in arms.values()])
             before, error = (unpruned["value"], unpruned["standard error"]) if unpruned else (None, None)
-            found.append(Benchmark(task, metric, arms[lowest]["questions"], before, error, masked, lowest, rivals))
+            found.append(Benchmark(task, metric, arms[worst]["questions"], before, error, masked, worst, rivals))
     return found
 
 

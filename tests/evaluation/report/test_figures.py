@@ -50,5 +50,12 @@ def test_benchmarks_are_paired_with_the_unpruned_backbone():
     rows = [["mmlu", "acc", arm, 200, value, None] for arm, value in (("unpruned", 0.4), ("a", 0.3), ("b", 0.2))]
     rows += [["arc", "acc", "unpruned", 10, 0.5, None]]
     (one,) = figures_of(data_of([persona(0)], benchmarks={"columns": columns, "rows": rows})).benchmarks
-    assert (one.task, one.unpruned, one.lowest, one.masked.personas) == ("mmlu", 0.4, "b", 2)
+    assert (one.task, one.unpruned, one.worst, one.masked.personas) == ("mmlu", 0.4, "b", 2)
     assert one.masked.value == pytest.approx(0.25)
+
+
+def test_the_worst_mask_is_the_one_with_the_most_bits_per_byte():
+    columns = ["task", "metric", "arm", "questions", "value", "standard error"]
+    rows = [["humaneval", "bits_per_byte", arm, 40, value, None] for arm, value in (("a", 1.3), ("b", 1.2))]
+    (one,) = figures_of(data_of([persona(0)], benchmarks={"columns": columns, "rows": rows})).benchmarks
+    assert one.worst == "a"

@@ -178,7 +178,7 @@ def words(html):
 
 def test_everything_that_is_stored_has_its_place():
     text = words(render(report_data(), Aside(costs=BackboneCosts(3_000_000_000, 6_200_000_000, 1000, 9e5, 1.8e6))))
-    # Before and after: two masks on one task, who is lowest, and a baseline.
+    # Before and after: two masks on one task, who is worst, and a baseline.
     assert re.search(r"mmlu acc 200 0.400 ± 0.030 0.325 \[.*?\] -0.075 2 persona-0001 0.250", text)
     assert "tasks unpruned own JSON that its schema takes 1 0.750 injections resisted 0.500 " in text
     assert "In character: own description ranks first" in text
