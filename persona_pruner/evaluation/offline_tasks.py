@@ -56,20 +56,21 @@ class Source:
     task: dict[str, Any]
 
 
-def _mmlu(row: dict[str, Any]) -> dict[str, Any] | None:
-    if row["correct_answer"] not in LETTERS:  # The first row has the names of the columns.
-        return None
-    choices = "\n".join(f"{letter}. {row[f'answer_{letter.lower()}'].strip()}" for letter in LETTERS)
-    prompt = f"{row['question'].strip()}\n{choices}\nAnswer:"
-    return {"prompt": prompt, "answer": LETTERS.index(row["correct_answer"]), "topic": row["topic"]}
-
-
 def _mmlu_cloze(row: dict[str, Any]) -> dict[str, Any] | None:
-    if row["correct_answer"] not in LETTERS:
+    if row["correct_answer"] not in LETTERS:  # The first row has the names of the columns.
         return None
     choices = [row[f"answer_{letter.lower()}"].strip() for letter in LETTERS]
     answer = LETTERS.index(row["correct_answer"])
     return {"question": row["question"].strip(), "choices": choices, "answer": answer, "topic": row["topic"]}
+
+
+def _mmlu(row: dict[str, Any]) -> dict[str, Any] | None:
+    cloze = _mmlu_cloze(row)
+    if cloze is None:
+        return None
+    choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, cloze["choices"], strict=True))
+    prompt = f"{cloze['question']}\n{choices}\nAnswer:"
+    return {"prompt": prompt, "answer": cloze["answer"], "topic": cloze["topic"]}
 
 
 def _logiqa(row: dict[str, Any]) -> dict[str, Any]:

@@ -163,9 +163,9 @@ def lm_head_loss_and_grad(
             else:
                 divergence.append(torch.zeros_like(cross_entropy[-1]))
         if gradient:
-            # In place: a second buffer of N x V costs its page faults, several percent of a step on CPUs.
             weight_N1 = micro_batch.weight_N[chunk, None]
             student = objective.cross_entropy + (objective.distillation if teacher else 0)
+            # In place, without a second [N, V] buffer: saves several percent of a step on CPUs.
             grad_logits_NV = logq_NV.exp_().mul_(student * weight_N1)
             if teacher_probs_NV is not None:
                 grad_logits_NV.addcmul_(teacher_probs_NV, weight_N1, value=-objective.distillation)
@@ -179,7 +179,7 @@ def lm_head_loss_and_grad(
 
 def _backward_through_prefix(prefix_cache: PrefixCache, leaves: PrefixCache) -> None:
     pairs = [(t, leaf.grad) for t, leaf in zip(prefix_cache.tensors(), leaves.tensors(), strict=True)]
-    used = [(t, grad) for t, grad in pairs if grad is not None and t.requires_grad]
+    used = [(t, grad) for t, grad in pairs if grad is not None]
     if used:
         torch.autograd.backward([t for t, _ in used], [grad for _, grad in used])
 
