@@ -203,12 +203,13 @@ def speakers(backbone: Backbone, config: RunConfig, options: argparse.Namespace,
     for persona, spoken in people:
         file = options.cache / f"answers-{persona.id}.json"
         if not file.exists():
-            train = random.Random(persona.id).sample(questions[options.heldout :], options.answers)
-            asked = [*questions[: options.heldout], *train]
-            answers = rewriter.answers([Request(persona, question, 0) for question in asked])
+            rest = questions[options.heldout :]
+            asked = [Request(persona, question, 0) for question in questions[: options.heldout]]
+            train = random.Random(persona.id).sample(rest, min(options.answers, len(rest)))
+            asked += [Request(persona, train[n % len(rest)], n // len(rest)) for n in range(options.answers)]
             rows = [
-                Row(question.text, answer.text, answer.finished)
-                for question, answer in zip(asked, answers, strict=True)
+                Row(request.question.text, answer.text, answer.finished)
+                for request, answer in zip(asked, rewriter.answers(asked), strict=True)
             ]
             file.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
         rows = [Row(**row) for row in json.loads(file.read_text(encoding="utf-8"))]

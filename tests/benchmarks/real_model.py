@@ -10,15 +10,22 @@ baseline looks at generic text, the instructions of ../shared/data. The rows of 
 instructions and half of what other characters say there, unless `objective.generic_rows` names others. Losses are
 reported over all answer tokens, and over the tenth whose log-probability the description changes most.
 
+    python tests/benchmarks/real_model.py --personas 4 --answers 1000 --rows 100 300 1000
+
+learns from the first 100, 300 and 1,000 answers of each instead, each answer once in the steps of an own mask, and
+mends nothing. The pooled mask to start from is the same for all: of all answers.
+
 Shapes: L layers, I FFN channels, N answer tokens of a row.
 """
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from persona_text import Speaker, foreign, generic, speakers
@@ -110,18 +117,22 @@ def free_of_training(
     return made
 
 
-def learned(
-    backbone: Backbone, config: RunConfig, people: Sequence[Speaker], cache: Path
-) -> dict[str, dict[str, Tensor]]:
-    """Bits [L, I] by method and persona. `other` is the mask of the persona half the list away."""
-    data, ratio = [who.data for who in people], config.learning.ratio
-    scores = cache / f"pooled-{ratio}.safetensors"
+def pooled_scores(backbone: Backbone, config: RunConfig, people: Sequence[Speaker], cache: Path) -> LearnedScores:
+    """What all own masks start from."""
+    scores = cache / f"pooled-{config.learning.ratio}.safetensors"
     if not scores.exists():
-        result = train_pooled(backbone, pooled_config(config), data, "benchmark")
+        result = train_pooled(backbone, pooled_config(config), [who.data for who in people], "benchmark")
         assert result.learned is not None, result.message
         scores.write_bytes(result.learned.to_bytes())
         print(f"{scores.stem}: made", flush=True)
-    pooled = LearnedScores.from_bytes(scores.read_bytes(), scores.name)
+    return LearnedScores.from_bytes(scores.read_bytes(), scores.name)
+
+
+def learned(
+    backbone: Backbone, config: RunConfig, people: Sequence[Speaker], pooled: LearnedScores, cache: Path
+) -> dict[str, dict[str, Tensor]]:
+    """Bits [L, I] by method and persona. `other` is the mask of the persona half the list away."""
+    data, ratio = [who.data for who in people], config.learning.ratio
     start = PooledStart(pooled)
     further = kept(
         cache / f"further-{ratio}.safetensors",
@@ -143,6 +154,13 @@ def learned(
         "own": own,
         "other": {who.id: own[people[(n + half) % len(people)].id] for n, who in enumerate(people)},
     }
+
+
+def of_first(config: RunConfig, people: Sequence[Speaker], rows: int) -> tuple[RunConfig, list[Speaker]]:
+    """The personas with their first `rows` answers to learn from, each of which the steps of an own mask see once."""
+    learning = config.learning.model_copy(update={"rows_per_step": math.ceil(rows / config.learning.steps)})
+    some = [replace(who, data=replace(who.data, train=who.data.train[:rows])) for who in people]
+    return config.model_copy(update={"learning": learning}), some
 
 
 def mended(
@@ -209,6 +227,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=400)
     parser.add_argument("--heldout", type=int, default=32)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--rows", type=int, nargs="+", help="learn from the first so many answers, and mend nothing")
     parser.add_argument("--cache", type=Path, default=Path("runs/real_model"))
     parser.add_argument("--refit-rows", type=int, default=Recovery.refit_rows)
     parser.add_argument("--mending-steps", type=int, default=Recovery.steps)
@@ -223,18 +242,28 @@ def main() -> None:
         options.set += ["learning.steps=1", "learning.pooled_steps=1", "synthesis.rewrite.max_new_tokens=8"]
         options.cache = options.cache.with_name("real_model_quick")
     options.cache.mkdir(parents=True, exist_ok=True)
-    rows = f"learning.objective.generic_rows={foreign_file(options.cache).resolve()}"
-    config = load_config(options.config, [rows, *options.set])
+    nobody = f"learning.objective.generic_rows={foreign_file(options.cache).resolve()}"
+    config = load_config(options.config, [nobody, *options.set])
     backbone = load_backbone(config.backbone, deepspeed=False)
     people = speakers(backbone, config, options, EXAMPLE / "personas.jsonl")
-    result = {"matmul_share": round(matmul_share(backbone, config, people[0]), 3)}
+    result: dict[str, Any] = {"matmul_share": round(matmul_share(backbone, config, people[0]), 3)}
     for ratio in options.ratios:
         at = config.model_copy(update={"learning": config.learning.model_copy(update={"ratio": ratio})})
-        masks = free_of_training(backbone, at, people, options.cache)
-        masks |= learned(backbone, at, people, options.cache)
-        better = mended(at, people, masks["own"], options.cache / f"mended-{ratio}", options)
-        losses = {False: TokenLosses(backbone, at, options.cache), True: TokenLosses(better, at, options.cache)}
-        result |= compare(people, masks, losses, ratio)
+        free = free_of_training(backbone, at, people, options.cache)
+        pooled = pooled_scores(backbone, at, people, options.cache)
+        losses = TokenLosses(backbone, at, options.cache)
+        for rows in options.rows or ():
+            cache = options.cache / f"rows-{rows}"
+            cache.mkdir(exist_ok=True)
+            masks = free | learned(backbone, *of_first(at, people, rows), pooled, cache)
+            print(f"\n{rows} rows")
+            figures = compare(people, masks, losses, ratio)
+            result |= {f"{name}_rows_{rows}": figure for name, figure in figures.items()}
+        if not options.rows:
+            masks = free | learned(backbone, at, people, pooled, options.cache)
+            better = mended(at, people, masks["own"], options.cache / f"mended-{ratio}", options)
+            of_better = TokenLosses(better, at, options.cache / f"losses-mended-{ratio}")
+            result |= compare(people, masks, losses, ratio, of_better)
     print(json.dumps(result))
 
 

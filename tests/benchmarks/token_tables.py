@@ -3,6 +3,7 @@
 Shapes: L layers, I FFN channels, N answer tokens of a row.
 """
 
+import hashlib
 import math
 import statistics
 from collections.abc import Sequence
@@ -29,13 +30,16 @@ RIVALS = {"pooled, further steps": "global", "other": "other"}
 
 
 class TokenLosses:
-    """Loss of every answer token, by row; kept on disk."""
+    """Loss of every answer token under a mask, by row; kept on disk by the mask's bits."""
 
     def __init__(self, backbone: Backbone, config: RunConfig, cache: Path) -> None:
         self.backbone, self.config, self.cache = backbone, config, cache
+        cache.mkdir(exist_ok=True)
 
-    def of(self, who: Speaker, text: str, name: str, keep_LI: Tensor | None, description: str = "") -> list[Tensor]:
-        file = self.cache / f"losses-{name}-{text}-{who.id}.safetensors"
+    def of(self, who: Speaker, text: str, keep_LI: Tensor | None, description: str | None = None) -> list[Tensor]:
+        bits = b"" if keep_LI is None else keep_LI.numpy().tobytes()
+        key = hashlib.sha256(bits + (description or "").encode()).hexdigest()[:16]
+        file = self.cache / f"losses-{who.id}-{text}-{key}.safetensors"
         if not file.exists():
             rows_N = self._measure(who.texts[text], description or who.data.description, keep_LI)
             save_file({f"{number:04d}": row_N for number, row_N in enumerate(rows_N)}, file)
@@ -61,27 +65,33 @@ def difference(better: Sequence[Tensor], worse: Sequence[Tensor], chosen: Sequen
 
 
 def compare(
-    people: Sequence[Speaker], masks: dict[str, dict[str, Tensor]], losses: dict[bool, TokenLosses], ratio: float
+    people: Sequence[Speaker],
+    masks: dict[str, dict[str, Tensor]],
+    losses: TokenLosses,
+    ratio: float,
+    mended: TokenLosses | None = None,
 ) -> dict[str, float]:
     """Print the tables of one ratio; the figures for the last line.
 
-    `masks`: bits by method and persona; `losses` of the mended backbone at True, of the other at False.
+    `masks`: bits by method and persona; `mended`: losses of the mended backbone.
     """
     figures: dict[str, float] = {}
     percent = round(100 * ratio)
     beaten = {who.id: True for who in people}
     for text, real in (("answers", False), ("conversations", True)):
-        by_method = {"unpruned": [losses[False].of(who, text, "unpruned", None) for who in people]}
+        by_method = {"unpruned": [losses.of(who, text, None) for who in people]}
         for method, keeps in masks.items():
-            by_method[method] = [losses[False].of(who, text, f"{method}-{ratio}", keeps[who.id]) for who in people]
-        by_method[MENDED] = [losses[True].of(who, text, f"{MENDED}-{ratio}", masks["own"][who.id]) for who in people]
-        nobody = [losses[False].of(who, text, "nobody", None, NOBODY) for who in people]
+            by_method[method] = [losses.of(who, text, keeps[who.id]) for who in people]
+        if mended is not None:
+            by_method[MENDED] = [mended.of(who, text, masks["own"][who.id]) for who in people]
+        nobody = [losses.of(who, text, None, NOBODY) for who in people]
         every = [[torch.ones_like(row_N, dtype=torch.bool) for row_N in rows] for rows in nobody]
         tenth = [_tenth(told, untold) for told, untold in zip(by_method["unpruned"], nobody, strict=True)]
         print(f"\nratio {ratio}, {text}: mean over personas, nats per token")
         removed = _table(by_method, every, tenth)
         for method, name in (("own", ""), (MENDED, "mended_")):
-            figures[f"removed_{'real' if real else 'answers'}_{name}{percent}"] = removed[method]
+            if method in removed:
+                figures[f"removed_{'real' if real else 'answers'}_{name}{percent}"] = removed[method]
         for rival, name in RIVALS.items():
             for scope, chosen in (("all", every), ("persona", tenth)):
                 gain, error, wins = _paired(by_method["own"], by_method[rival], chosen, f"{rival} ({scope} tokens)")
