@@ -68,7 +68,8 @@ class BackboneConfig(Section):
     revision: str | None = None
     """Revision of a Hugging Face name."""
     dtype: Hashed[Literal["float32", "bfloat16"]] = "float32"
-    """Type in which the weights are held and run."""
+    """Type in which the weights are held and run. A CPU without instructions for bfloat16 (AVX-512 BF16, AMX) runs it
+    at half the speed of float32 and less."""
     trust_remote_code: Hashed[bool] = False
     """Run code that comes with the model. Off: a model never executes anything."""
     attention: Hashed[Literal["sdpa", "eager", "flash_attention_2", "grouped"]] = "sdpa"
