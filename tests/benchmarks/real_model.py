@@ -10,9 +10,9 @@ baseline looks at generic text, the instructions of ../shared/data. The rows of 
 instructions and half of what other characters say there, unless `objective.generic_rows` names others. Losses are
 reported over all answer tokens, and over the tenth whose log-probability the description changes most.
 
-    python tests/benchmarks/real_model.py --personas 4 --answers 1000 --rows 100 300 1000
+    python tests/benchmarks/real_model.py --personas 4 --answers 1000 --rows 100 1000
 
-learns from the first 100, 300 and 1,000 answers of each instead, each answer once in the steps of an own mask, and
+learns from the first 100 and from 1,000 answers of each instead, each answer once in the steps of an own mask, and
 mends nothing. The pooled mask to start from is the same for all: of all answers.
 
 Shapes: L layers, I FFN channels, N answer tokens of a row.
