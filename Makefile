@@ -46,12 +46,12 @@ quickstart: $(READY) ## Masks for the shipped example; PERSONAS=24 takes all
 	  --config manifests/quickstart/run.yaml --output $(OUTPUT) --limit $(PERSONAS)
 
 smollm2: OUTPUT = runs/smollm2
-smollm2: $(DEV_READY) ## Masks on a real chat model (SmolLM2-135M, downloaded once); PERSONAS=2 takes half an hour on two cores
+smollm2: $(DEV_READY) ## Masks on a real chat model (SmolLM2-135M, downloaded once); PERSONAS=2 takes 30 to 40 minutes on two cores
 	$(BIN)/python manifests/smollm2/get_backbone.py
 	$(BIN)/python jobs/prune_personas.py manifests/smollm2/personas.jsonl \
 	  --config manifests/smollm2/run.yaml --output $(OUTPUT) --limit $(PERSONAS)
 	$(BIN)/persona-pruner compare $(OUTPUT) --backbone runs/backbones/SmolLM2-135M-Instruct --persona gran-posy \
-	  --question "I cannot sleep. Any ideas?" --question "What are you afraid of?" --max-tokens 48
+	  --question "I cannot sleep. Any ideas?" --question "What are you afraid of?" --max-tokens 48 --with-global
 
 # A file's tests share a cluster or a server, so they stay in one process; in the given order, the longest files come first.
 test: lint ## Linters, types and tests

@@ -98,6 +98,7 @@ def compare(
     persona: PersonaIdOption,
     question: Annotated[list[str], typer.Option(help="May be given again.")],
     other: OtherOption = None,
+    with_global: Annotated[bool, typer.Option("--with-global", help="Also under the run's one mask for all.")] = False,
     max_tokens: TokensOption = 160,
     temperature: TemperatureOption = 0.0,
     as_json: JsonOption = False,
@@ -105,7 +106,7 @@ def compare(
     """Answer questions as a persona on the whole backbone, under its own mask and under another persona's."""
     from persona_pruner.serving.chat import PersonaChat, Sampling
 
-    partner = PersonaChat(output, backbone, persona, other)
+    partner = PersonaChat(output, backbone, persona, other, with_global=with_global)
     sampling = Sampling(max_tokens, temperature)
     answers = {text: partner.compare(text, sampling) for text in question}
     if as_json:

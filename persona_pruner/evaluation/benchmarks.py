@@ -15,8 +15,9 @@ from persona_pruner.config.evaluation import BenchmarksConfig
 from persona_pruner.config.schema import RunConfig
 from persona_pruner.errors import ConfigError, UserError
 from persona_pruner.evaluation.baselines import Baselines, added_biases
-from persona_pruner.evaluation.subject import AnswerTask, Arm, read_subject, stored_global_mask
+from persona_pruner.evaluation.subject import AnswerTask, Arm, read_subject
 from persona_pruner.masks.format import Mask
+from persona_pruner.masks.store import stored_global_mask
 from persona_pruner.storage import keys
 from persona_pruner.storage.base import NotFoundError, Storage
 

@@ -132,14 +132,6 @@ def read_subject(baselines: Baselines, storage: Storage, task: AnswerTask) -> Su
     return Subject(backbone, config, storage, persona, data, tuple(arms), others)
 
 
-def stored_global_mask(storage: Storage) -> str | None:
-    """Key of the newest of the comparison, else of the one that the personas start from."""
-    stored = sorted(storage.list(keys.GLOBAL_MASKS), key=lambda item: item.modified)
-    if stored:
-        return stored[-1].key
-    return keys.POOLED_MASK if storage.exists(keys.POOLED_MASK) else None
-
-
 def _load(storage: Storage, key: str, backbone: Backbone) -> Mask:
     where = f"{storage.url}/{key}"
     mask = Mask.from_bytes(storage.get(key), where)

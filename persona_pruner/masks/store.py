@@ -207,6 +207,14 @@ class MaskStore:
         return mask
 
 
+def stored_global_mask(storage: Storage) -> str | None:
+    """Key of the one mask for all: of the newest of the comparison, else of the one that the personas start from."""
+    stored = sorted(storage.list(keys.GLOBAL_MASKS), key=lambda item: item.modified)
+    if stored:
+        return stored[-1].key
+    return keys.POOLED_MASK if storage.exists(keys.POOLED_MASK) else None
+
+
 def read_evaluation(storage: Storage) -> pa.Table | None:
     """What the last evaluation says of each persona's mask: one row each; None where there was none."""
     try:

@@ -20,9 +20,10 @@ from persona_pruner.evaluation.judge import judged
 from persona_pruner.evaluation.judging import judge_all, store_costs
 from persona_pruner.evaluation.questions import read_questions_file
 from persona_pruner.evaluation.simulated_user import user_costs
-from persona_pruner.evaluation.subject import AnswerTask, stored_global_mask
+from persona_pruner.evaluation.subject import AnswerTask
 from persona_pruner.learning.pooled import pooled_sample
 from persona_pruner.masks.catalog import build_catalog
+from persona_pruner.masks.store import stored_global_mask
 from persona_pruner.run.lease import Lease
 from persona_pruner.run.phases import ASKING, JUDGING
 from persona_pruner.run.preflight import gpus_of_nodes, preflight

@@ -12,10 +12,10 @@ from persona_pruner.backbone.prompts import dated_template, knows_system_role
 from persona_pruner.config.schema import BackboneConfig, PromptConfig
 from persona_pruner.errors import UserError
 from persona_pruner.masks.format import Mask
-from persona_pruner.masks.store import MaskStore
+from persona_pruner.masks.store import MaskStore, stored_global_mask
 from persona_pruner.serving.personas import read_prompt
 
-UNPRUNED = "unpruned"
+UNPRUNED, GLOBAL = "unpruned", "global"
 Message = dict[str, str]
 
 
@@ -27,16 +27,27 @@ class Sampling:
 
 
 class PersonaChat:
-    """Answers as one persona, under its own mask, another persona's, or none: what differs is the mask alone."""
+    """Answers as one persona, under its own mask, another persona's, one for all, or none: the mask alone differs."""
 
-    def __init__(self, output: str | Path, backbone: str, persona_id: str, other_id: str | None = None) -> None:
-        """other_id: for comparisons; the first other persona of the run where it is None. Raises UserError."""
+    def __init__(
+        self,
+        output: str | Path,
+        backbone: str,
+        persona_id: str,
+        other_id: str | None = None,
+        *,
+        with_global: bool = False,
+    ) -> None:
+        """other_id: for comparisons; the first other persona of the run where it is None. with_global: also the one
+        mask for all personas that the run has made. Raises UserError."""
         store = MaskStore(output)
         self.persona_id = persona_id
         self._masks: dict[str, Mask | None] = {UNPRUNED: None, persona_id: store.load_channels(persona_id)}
         other_id = other_id or next((name for name in store.ids() if name != persona_id), None)
         if other_id is not None:
             self._masks[other_id] = store.load_channels(other_id)
+        if with_global:
+            self._masks[GLOBAL] = _global_mask(store)
         self._prompt: PromptConfig = read_prompt(store)
         self._backbone: Backbone = load_backbone(BackboneConfig(path=backbone), deepspeed=False)
         for name, mask in self._masks.items():
@@ -48,7 +59,7 @@ class PersonaChat:
 
     @property
     def names(self) -> list[str]:
-        """unpruned, the persona, another persona."""
+        """unpruned, the persona, another persona, global."""
         return list(self._masks)
 
     @torch.no_grad()
@@ -83,3 +94,13 @@ class PersonaChat:
             return [{"role": "system", "content": system}, *conversation]
         first = {"role": "user", "content": f"{system}\n\n{conversation[0]['content']}"}
         return [first, *conversation[1:]]
+
+
+def _global_mask(store: MaskStore) -> Mask:
+    key = stored_global_mask(store.storage)
+    if key is None:
+        raise UserError(
+            f"{store.storage.url}: there is no mask for all personas; a run with evaluation.enabled or with "
+            "learning.init: pooled makes one"
+        )
+    return Mask.from_bytes(store.storage.get(key), f"{store.storage.url}/{key}")

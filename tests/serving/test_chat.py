@@ -5,7 +5,10 @@ from served_run import make_run
 from typer.testing import CliRunner
 
 from persona_pruner.cli import app
+from persona_pruner.errors import UserError
 from persona_pruner.serving.chat import PersonaChat, Sampling
+from persona_pruner.storage import keys
+from persona_pruner.storage.open import open_storage
 
 QUESTION = "Who are you and what do you do all day?"
 
@@ -32,6 +35,18 @@ def test_compare_prints_for_people_and_for_scripts(run):
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert list(found[QUESTION]) == ["unpruned", "cora", "felix"]
     assert "felix" in CliRunner().invoke(app, arguments).stdout
+
+
+def test_compare_answers_under_the_one_mask_for_all_where_asked(run):
+    with pytest.raises(UserError, match="no mask for all personas"):
+        PersonaChat(run.output, str(run.backbone), "cora", with_global=True)
+    pooled = run.mask("pooled", version=2)
+    open_storage(run.output).put(keys.POOLED_MASK, pooled.to_bytes())
+    arguments = ["compare", str(run.output), "--backbone", str(run.backbone), "--persona", "cora", "--with-global",
+                 "--question", QUESTION, "--max-tokens", "12", "--json"]  # fmt: skip
+    found = json.loads(CliRunner().invoke(app, arguments).stdout)[QUESTION]
+    assert list(found) == ["unpruned", "cora", "felix", "global"]
+    assert found["global"] == run.greedy_text(pooled, run.prompt("cora", QUESTION), 12).strip()
 
 
 def test_chat_remembers_what_was_said(run):
