@@ -44,9 +44,9 @@ def test_compare_answers_under_the_one_mask_for_all_where_asked(run):
     open_storage(run.output).put(keys.POOLED_MASK, pooled.to_bytes())
     arguments = ["compare", str(run.output), "--backbone", str(run.backbone), "--persona", "cora", "--with-global",
                  "--question", QUESTION, "--max-tokens", "12", "--json"]  # fmt: skip
-    found = json.loads(CliRunner().invoke(app, arguments).stdout)[QUESTION]
-    assert list(found) == ["unpruned", "cora", "felix", "global"]
-    assert found["global"] == run.greedy_text(pooled, run.prompt("cora", QUESTION), 12).strip()
+    answers = json.loads(CliRunner().invoke(app, arguments).stdout)[QUESTION]
+    assert list(answers) == ["unpruned", "cora", "felix", "global"]
+    assert answers["global"] == run.greedy_text(pooled, run.prompt("cora", QUESTION), 12).strip()
 
 
 def test_chat_remembers_what_was_said(run):
